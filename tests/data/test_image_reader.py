@@ -114,6 +114,26 @@ def test_units_are_told_in_words() -> None:
     assert "from the window that its file names, else from the percentiles" in window
 
 
+def test_it_knows_which_pictures_have_a_range_of_their_own(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    own = {"a.png": False, "b.tif": False, "c.npy": False, "d.png": True, "e.tif": True}
+    for name in own:
+        values = pixels if name[0] < "d" else pixels.astype(np.uint16) * 100
+        if name == "c.npy":
+            np.save(tmp_path / name, values)
+        else:
+            cv2.imwrite(str(tmp_path / name), values)
+    scan = np.arange(64, dtype=np.int16).reshape(8, 8)
+    (tmp_path / "f.dcm").write_bytes(dicom(scan))
+    own["f.dcm"] = True
+    assert {name: PHOTOGRAPHS.has_own_range(tmp_path / name) for name in own} == own
+    path = tmp_path / "e.tif"
+    assert not reader(1).has_own_range(path)
+    for given in ({"scope": "volume"}, {"scope": "image"}, {"use_window": True}):
+        assert reader(1, **given).has_own_range(path)
+    assert (reader(1, high=(25_500.0,)).read_picture(path) == pixels[..., None]).all()
+
+
 def test_pictures_show_colors_or_gray() -> None:
     image = np.zeros((2, 2, 4), np.uint16)
     image[..., 1], image[..., 3] = 65535, 257

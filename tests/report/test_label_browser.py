@@ -164,6 +164,57 @@ def test_an_added_class_keeps_its_key_when_its_last_image_gets_another_one(
     expect(opened.locator("#classes button")).to_have_text([*buttons[:3], "4cat1", "5dog1"])
 
 
+def test_images_labelled_on_the_page_are_neighbors_of_those_after_them(
+    page: Page, tmp_path: Path
+) -> None:
+    """The first round, in which nothing else is labelled."""
+    paths = [str(tmp_path / f"{color}.png") for color in COLORS[:4]]
+    for path in paths:
+        Image.new("RGB", (48, 32), Path(path).stem).save(path)
+    similarities = {2: {0: 0.9, 1: 0.7}, 3: {0: 0.74, 1: 0.7, 2: 0.7}}
+    images = [
+        LabelImage(path, similar=[(paths[i], one) for i, one in similarities.get(n, {}).items()])
+        for n, path in enumerate(paths)
+    ]
+    write_label_page(tmp_path / "label.html", images, ["fern", "moss"], "Plants")
+    show(page, tmp_path / "label.html")
+    accept, shown = page.locator("#accept"), page.locator("#neighbors img")
+    expect(accept).to_have_text("No suggestionEnter")
+    above = page.locator("#classes").bounding_box()
+    press(page, "Enter", "1", "2")
+    expect(page.locator("#place")).to_have_text("3 / 4")
+    expect(accept).to_contain_text("fern 1 of 2 neighbors")  # the nearer one
+    expect(shown).to_have_count(2)
+    expect(page.locator("#classes .suggested")).to_contain_text("fern")
+    assert page.locator("#classes").bounding_box() == above  # no button moves below a finger
+    press(page, "2")
+    expect(accept).to_contain_text("moss 2 of 3 neighbors")  # which outvote a nearer one
+    press(page, "ArrowLeft", "x")  # has no class any more
+    expect(accept).to_contain_text("fern 1 of 2 neighbors")
+    page.reload()
+    expect(accept).to_contain_text("fern 1 of 2 neighbors")
+    press(page, "Enter")
+    expect(page.locator("#state")).to_have_text("fern")
+    expect(page.locator("#counter")).to_have_text("3 of 4 labelled, 1 not usable")
+
+
+def test_the_nearest_neighbors_of_earlier_rounds_and_of_the_page_vote_together(
+    page: Page, tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / f"{color}.png") for color in COLORS]
+    for path in paths:
+        Image.new("RGB", (48, 32), Path(path).stem).save(path)
+    before = [LabelledNeighbor(paths[i], "moss", 0.6 - i / 100) for i in range(5)]
+    image = LabelImage(paths[5], before, [(paths[0], 0.9)])
+    write_label_page(tmp_path / "label.html", [LabelImage(paths[0]), image], ["fern"], "Plants")
+    show(page, tmp_path / "label.html")
+    press(page, "1")
+    expect(page.locator("#accept")).to_contain_text("fern 1 of 5 neighbors")
+    cards = page.locator("#neighbors > div")
+    expect(cards).to_have_text(["fern0.90", "moss0.60", "moss0.59", "moss0.58", "moss0.57"])
+    expect(cards.first).to_have_attribute("title", "fern, similarity 0.90, image 1 of this page")
+
+
 def test_typing_a_name_is_not_taken_for_shortcuts(opened: Page) -> None:
     press(opened, "n")
     opened.keyboard.type("s12x")

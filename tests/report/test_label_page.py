@@ -12,13 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.errors import UserError
-from vissl_lite.report.label_page import (
-    LabelImage,
-    LabelledNeighbor,
-    suggested_class,
-    write_label_page,
-)
+from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 
 
 def drawn(file: Path, size: tuple[int, int] = (8, 8)) -> str:
@@ -31,14 +27,6 @@ def content(file: Path) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="content">(.*?)</script>', text)
     assert found is not None
     return json.loads(found[1])
-
-
-def test_a_close_neighbor_outvotes_two_distant_ones() -> None:
-    near = LabelledNeighbor("a", "fern", 0.9)
-    far = [LabelledNeighbor(name, "moss", 0.7) for name in "bc"]
-    assert suggested_class([near, *far]) == "fern"
-    assert suggested_class([LabelledNeighbor("a", "fern", 0.74), *far]) == "moss"
-    assert suggested_class([]) is None
 
 
 def test_pictures_are_reduced_and_thumbnails_of_neighbors_are_stored_once(tmp_path: Path) -> None:
@@ -78,7 +66,7 @@ def test_unreadable_images_are_left_out_and_named(
     assert "broken.png" in caplog.text
     (shown,) = content(tmp_path / "label.html")["images"]
     assert shown["path"] == whole.path
-    assert shown["suggestion"] == "moss"  # its vote counts without a picture
+    assert shown["neighbors"] == [[None, "moss", 0.5]]  # its vote counts without a picture
     with pytest.raises(UserError, match="none of the 1 images"):
         write_label_page(tmp_path / "none.html", [LabelImage(broken)], [], "Plants")
     assert not (tmp_path / "none.html").exists()
@@ -91,6 +79,63 @@ def test_names_that_are_not_utf8_are_in_the_page_as_they_are(
     write_label_page(tmp_path / "label.html", [LabelImage(path)], [], "Plants")
     assert content(tmp_path / "label.html")["images"][0]["path"] == path
     assert not caplog.text
+
+
+def test_similar_images_are_named_by_their_places_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    broken, *paths = (
+        str(tmp_path / "broken.png"), *(drawn(tmp_path / f"{name}.png") for name in "ab")
+    )  # fmt: skip
+    images = [
+        LabelImage(broken, similar=[(paths[0], 0.9)]),
+        LabelImage(paths[0], similar=[(broken, 0.9), (paths[1], 0.12345)]),
+        LabelImage(paths[1], similar=[(paths[0], 0.12345)]),
+    ]
+    write_label_page(tmp_path / "label.html", images, [], "Plants")
+    stored = content(tmp_path / "label.html")
+    assert [one["similar"] for one in stored["images"]] == [[[1, 0.1235]], [[0, 0.1235]]]
+
+
+def brightness(uri: str) -> float:
+    return float(np.asarray(Image.open(BytesIO(b64decode(uri.partition(",")[2])))).mean())
+
+
+def deep(folder: Path) -> list[str]:
+    """A dark and a bright image of 16 bits."""
+    noise = np.random.default_rng(0).integers(0, 1000, (24, 32), np.uint16)
+    paths = [str(folder / f"{name}.tif") for name in ("dark", "bright")]
+    for path, offset in zip(paths, (0, 50_000), strict=True):
+        Image.fromarray(noise + np.uint16(offset)).save(path)
+    return paths
+
+
+def test_images_of_16_bits_are_as_bright_as_the_reader_has_them(tmp_path: Path) -> None:
+    paths = deep(tmp_path)
+    images = [
+        LabelImage(paths[0], [LabelledNeighbor(paths[1], "moss", 0.5)]),
+        LabelImage(paths[1]),
+    ]
+    file = tmp_path / "label.html"
+    one = ImageReader(bands=(0,), low=(0.0,), high=(60_000.0,), mean=(0.5,), std=(0.2,))
+    write_label_page(file, images, [], "Plants", reader=one)
+    dark, bright = content(file)["images"]
+    for name in ("picture", "thumbnail"):
+        assert brightness(dark[name]) < 10
+        assert brightness(bright[name]) > 200
+    assert brightness(content(file)["thumbnails"][0]) > 200
+    assert "do not compare" not in file.read_text()
+
+
+def test_the_page_says_which_brightness_cannot_be_compared(tmp_path: Path) -> None:
+    paths = [*deep(tmp_path), drawn(tmp_path / "a.png")]
+    file = tmp_path / "label.html"
+    write_label_page(file, [LabelImage(path) for path in paths], [], "Plants")
+    dark, bright, _ = content(file)["images"]
+    assert brightness(dark["picture"]) == pytest.approx(brightness(bright["picture"]), abs=2)
+    assert "Each of 2 of the 3 pictures is drawn from the range of values" in file.read_text()
+    own = ImageReader(bands=(0,), scope="image", mean=(0.5,), std=(0.2,))
+    write_label_page(file, [LabelImage(path) for path in paths[:2]], [], "Plants", reader=own)
+    assert "Each picture is drawn from the range of values" in file.read_text()
 
 
 def test_a_hundred_photographs_make_a_page_of_some_megabytes(tmp_path: Path) -> None:

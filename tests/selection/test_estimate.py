@@ -7,6 +7,7 @@ from tests.selection.test_methods import LABELLED, distances, points
 from vissl_lite.selection.candidates import Candidates
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.selection.herding import herding
+from vissl_lite.selection.uniform import uniform
 
 
 def test_the_selection_is_continued_by_herding() -> None:
@@ -45,6 +46,26 @@ def test_it_is_continued_within_groups() -> None:
     assert candidates.remaining == 0
     assert len(found.values) == 1 + 4 * 2 - len(LABELLED)
     assert len(found.random) == len(found.values)
+
+
+def test_random_orders_are_drawn_from_what_might_be_chosen_before() -> None:
+    features = points()
+    groups = (np.arange(60) >= 2).astype(int)  # 58 of them are in one group
+    before = Candidates(60, LABELLED[:0], groups=groups, per_group=2)
+    chosen = np.array([0, 1, 2, 3])
+    found = estimate_coverage(
+        features, LABELLED[:0], chosen, np.ones(60, bool), seed=4, before=before
+    )
+    assert before.remaining == 60  # left as it was
+    kernel = np.exp(-(distances(features) ** 2))
+    expected = np.zeros((3, 9))
+    for number in range(3):
+        candidates = Candidates(60, LABELLED[:0], groups=groups, per_group=2)
+        order = uniform(features, 8, seed=4 + number, candidates=candidates).indices
+        assert len(order) == 4
+        curve = [0.0, *(kernel[order[: count + 1]].max(axis=0).mean() for count in range(4))]
+        expected[number] = curve + curve[-1:] * 4  # no more images may be chosen
+    assert found.random == pytest.approx(expected.mean(axis=0).tolist(), abs=1e-5)
 
 
 def test_the_first_label_of_all_is_no_bend() -> None:

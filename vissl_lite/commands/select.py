@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,15 @@ import numpy as np
 from vissl_lite.commands.embed import encoder_for_images
 from vissl_lite.commands.excluded import read_excluded
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSettings, override
-from vissl_lite.data.images import find_images
+from vissl_lite.data.images import BROKEN_IMAGE, find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, report_skipped
 from vissl_lite.data.text_file import csv_writer
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
+from vissl_lite.evaluation.embedding import nearest
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import nearest_neighbors
 from vissl_lite.inference import check_outputs
@@ -53,8 +56,9 @@ SELECTED, LABEL_PAGE = "selected.csv", "label.html"
 # Browsers are slow with larger pages: a thousand photographs take about 40 MB.
 MAX_PAGE_IMAGES = 1000
 
-# Labelled images that the page shows beside each chosen one.
-NEIGHBORS = 5
+# Labelled images that the page shows beside each chosen one, and other chosen ones that it knows to
+# be similar: the nearest of those labelled meanwhile are shown, too.
+NEIGHBORS, SIMILAR = 5, 10
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def select(options: SelectOptions) -> SelectResult:
         labelled_at = np.flatnonzero(has_label)
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
-        open_before = candidates.remaining
+        before, open_before = candidates.copy(), candidates.remaining
         if open_before == 0:
             raise UserError(
                 "no image is left to choose: all without a label show the same as labelled ones, "
@@ -263,7 +267,7 @@ def select(options: SelectOptions) -> SelectResult:
         in_pool = set(map(os.path.abspath, pool))
         counted = np.array([path in in_pool for path in absolute])
         coverage = estimate_coverage(
-            features, labelled_at, chosen, counted, options.seed, candidates
+            features, labelled_at, chosen, counted, options.seed, candidates, before
         )
         covers = _covers(features, labelled_at, chosen, counted)
         _write_table(run / SELECTED, absolute, selection, covers, uncertainty)
@@ -278,6 +282,7 @@ def select(options: SelectOptions) -> SelectResult:
             "chosen": len(chosen),
             "images": int(counted.sum()),
             "labelled": len(labelled_at),
+            "own_range": _own_ranges(encoder.reader, [absolute[i] for i in chosen]),
             "ruled_out": len(prints) - len(labelled_at) - open_before,
             "coverage": {
                 "selected": coverage.values[: len(chosen) + 1],
@@ -308,6 +313,7 @@ def select(options: SelectOptions) -> SelectResult:
                 labelled_at,
                 classes,
                 written,
+                encoder.reader,
             )
         log.info(
             "%d of %d images are chosen by %s; coverage %.3f before, %.3f with them (%.3f with a "
@@ -329,7 +335,7 @@ def select(options: SelectOptions) -> SelectResult:
         log.info("Written: %s, %s", run / SELECTED, skeleton)
         if page:
             log.info("Label the images in a browser: %s", run / LABEL_PAGE)
-        add_selection(run, features, absolute, has_label, chosen, options.seed)
+        add_selection(run, features, absolute, has_label, chosen, options.seed, encoder.reader)
         add_report(run)
     return SelectResult(out, out / SELECTED, [absolute[i] for i in chosen])
 
@@ -521,6 +527,7 @@ def _write_page(
     labelled_at: np.ndarray,
     classes: Sequence[str],
     groups: Mapping[str, str] | None,
+    reader: ImageReader,
 ) -> None:
     """Write the page in which a person labels the chosen images.
 
@@ -533,22 +540,28 @@ def _write_page(
         labelled_at: Indices of those that can be read.
         classes: Names of the classes.
         groups: Groups of all images by an expression; None without one.
+        reader: How the images are read.
     """
     class_of = _classes_by_path(labelled)
     labelled_at = np.array([i for i in labelled_at if paths[i] in class_of], dtype=int)
-    images = [LabelImage(paths[index]) for index in chosen]
+    neighbors: list[list[LabelledNeighbor]] = [[] for _ in chosen]
     if len(labelled_at):
-        nearest = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
-        images = [
-            LabelImage(
-                paths[index],
-                [
-                    LabelledNeighbor(paths[i], class_of[paths[i]], float(similarity))
-                    for i, similarity in zip(labelled_at[near], similarities, strict=True)
-                ],
-            )
-            for index, near, similarities in zip(chosen, *nearest, strict=True)
+        found = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
+        neighbors = [
+            [
+                LabelledNeighbor(paths[i], class_of[paths[i]], similarity)
+                for i, similarity in zip(labelled_at[near], similarities.tolist(), strict=True)
+            ]
+            for near, similarities in zip(*found, strict=True)
         ]
+    similar = [
+        [(paths[i], one) for i, one in zip(chosen[near], similarities.tolist(), strict=True)]
+        for near, similarities in zip(*nearest(features[chosen], SIMILAR), strict=True)
+    ]
+    images = [
+        LabelImage(paths[index], near, others)
+        for index, near, others in zip(chosen, neighbors, similar, strict=True)
+    ]
     # A table with all labels would mix training and test images that are kept apart, and has the
     # groups of a column for some images alone.
     separate = labelled.parts_given or (labelled.grouped and groups is None)
@@ -559,7 +572,17 @@ def _write_page(
             file.name,
             "a validation or test part" if labelled.parts_given else "groups",
         )
-    write_label_page(file, images, classes, f"{len(images)} images to label", before, groups)
+    title = f"{len(images)} images to label"
+    write_label_page(file, images, classes, title, before, groups, reader)
+
+
+def _own_ranges(reader: ImageReader, paths: Sequence[str]) -> int:
+    """Number of images whose pictures have a range of values of their own."""
+    count = 0
+    for path in paths:
+        with suppress(*BROKEN_IMAGE):  # it was read a moment ago, but can have gone since
+            count += reader.has_own_range(path)
+    return count
 
 
 def _write_table(

@@ -244,6 +244,33 @@ class ImageReader:
         shown = (image[..., self.picture_bands()] / 257).round()
         return np.ascontiguousarray(np.broadcast_to(shown, (*image.shape[:2], 3)).astype(np.uint8))
 
+    def read_picture(self, path: str | Path, shortest: int | None = None) -> np.ndarray:
+        """Read an image to be looked at; see ``read`` and ``picture``.
+
+        Images of bands are as bright as the network gets them, unlike from ``read_image``.
+
+        Returns:
+            ``(H, W, 3)`` uint8.
+        """
+        return self.picture(self.read(path, shortest))
+
+    def has_own_range(self, path: str | Path) -> bool:
+        """Whether the range of values of a picture is that of its image or volume alone.
+
+        The brightness of such pictures can't be compared. It holds for images that are not 8-bit
+        photographs but are read as such, and for bands with a range for each volume or image.
+
+        Args:
+            path: The file; may name a frame.
+
+        Raises:
+            OSError, ValueError, SyntaxError, cv2.error: It can't be read (``BROKEN_IMAGE``).
+        """
+        if self.bands is not None:
+            return self.scope != "dataset" or self.use_window
+        found = describe(path)
+        return found.dtype != "uint8" or found.format == "DICOM"  # which may name a window
+
     def summary(self) -> str:
         """How bands are scaled, as a sentence."""
         scopes = {

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from vissl_lite.data.atomic_file import atomic_write
-from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE, resize_and_crop
 from vissl_lite.data.npz_file import read_npz
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -191,7 +192,9 @@ def make_map(
     chosen, features = chosen[good], layers["last"]
     check_outputs([features], f"some of the {len(features)} images")
     some = None if labels is None else labels[chosen]
-    return map_of_features(features, [paths[i] for i in chosen], some, classes, seed, unfold)
+    return map_of_features(
+        features, [paths[i] for i in chosen], some, classes, seed, unfold, encoder.reader
+    )
 
 
 def map_of_features(
@@ -201,6 +204,7 @@ def map_of_features(
     classes: Sequence[str] = (),
     seed: int = 0,
     unfold: bool = False,
+    reader: ImageReader = PHOTOGRAPHS,
 ) -> ImageMap:
     """Compute the map of images whose features are known.
 
@@ -213,6 +217,7 @@ def map_of_features(
         unfold: Also compute the projection by UMAP, if it is installed and there are enough
             images. Its first use in a process takes about 15 seconds of compilation, too long for
             the end of every run.
+        reader: How the thumbnails are read.
     """
     neighbors, similarities = nearest(features, NUM_NEIGHBORS)
     return ImageMap(
@@ -226,7 +231,7 @@ def map_of_features(
         similarities=similarities,
         outlier_score=outlier_score(similarities),
         duplicates=near_duplicates(features, DUPLICATE_SIMILARITY)[:MAX_PAIRS],
-        thumbnails=[thumbnail(path) for path in paths],
+        thumbnails=[thumbnail(path, reader) for path in paths],
     )
 
 
@@ -349,10 +354,15 @@ def unit(features: np.ndarray) -> np.ndarray:
     return np.asarray(unit_vectors(finite), np.float32)
 
 
-def thumbnail(path: str) -> bytes:
-    """An image as a small JPEG file: the square that the encoder sees; gray if it can't be read."""
+def thumbnail(path: str, reader: ImageReader = PHOTOGRAPHS) -> bytes:
+    """An image as a small JPEG file: the square that the encoder sees; gray if it can't be read.
+
+    Args:
+        path: The file; may name a frame.
+        reader: How it is read.
+    """
     try:
-        small = resize_and_crop(read_image(path, THUMBNAIL_SIDE), THUMBNAIL_SIDE)
+        small = resize_and_crop(reader.read_picture(path, THUMBNAIL_SIDE), THUMBNAIL_SIDE)
     except BROKEN_IMAGE:  # it was read a moment ago, but can have gone since
         small = np.full((THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), 128, np.uint8)
     written = BytesIO()

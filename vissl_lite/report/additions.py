@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE, resize_and_crop
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -94,15 +95,17 @@ def add_embeddings(
         names = None
         if image_map.labels is not None:
             names = [[classes[image_map.labels[index]] for index in row] for row in shown]
-        images = [[_thumbnail(image_map.paths[index]) for index in row] for row in shown]
+        images = [
+            [_thumbnail(image_map.paths[index], encoder.reader) for index in row] for row in shown
+        ]
         similarities = image_map.similarities[queries, :count]
         plot_neighbors(images, similarities, run / "neighbors.png", names)
     except Exception as error:  # For example, features that are not finite.
         _warn_or_raise("the map of the embeddings", error)
 
 
-def _thumbnail(path: str) -> np.ndarray:
-    return resize_and_crop(read_image(path, 96), 96)
+def _thumbnail(path: str, reader: ImageReader) -> np.ndarray:
+    return resize_and_crop(reader.read_picture(path, 96), 96)
 
 
 def add_test_embeddings(run: Path, encoder: Encoder, data: LabelledDataset, seed: int) -> None:
@@ -164,6 +167,7 @@ def add_selection(
     labelled: np.ndarray,
     chosen: np.ndarray,
     seed: int = 0,
+    reader: ImageReader = PHOTOGRAPHS,
 ) -> None:
     """Write a contact sheet of chosen images, and a map that marks them, into a run of ``select``.
 
@@ -176,11 +180,12 @@ def add_selection(
         labelled: ``(N,)`` bool: which of them are labelled.
         chosen: ``(B,)`` indices of the chosen ones, in order.
         seed: Seed that selects the others on the map.
+        reader: How the images are read.
     """
     try:
         sheet = [
-            Picture(read_image(paths[index], CELL), f"{rank} {os.path.basename(paths[index])}")
-            for rank, index in enumerate(chosen[:SHEET].tolist(), start=1)
+            Picture(reader.read_picture(path, CELL), f"{rank} {os.path.basename(path)}")
+            for rank, path in enumerate((paths[index] for index in chosen[:SHEET]), start=1)
         ]
         rows = [sheet[start : start + SHEET_ROW] for start in range(0, len(sheet), SHEET_ROW)]
         if rows:
@@ -193,9 +198,10 @@ def add_selection(
         )
         some = [paths[index] for index in shown]
         kinds = ("others", "labelled", CHOSEN)
-        map_of_features(features[shown], some, labels[shown], kinds, seed, unfold=True).save(
-            run / MAP
+        image_map = map_of_features(
+            features[shown], some, labels[shown], kinds, seed, unfold=True, reader=reader
         )
+        image_map.save(run / MAP)
     except Exception as error:
         _warn_or_raise("the picture or the map of the chosen images", error)
 

@@ -95,6 +95,9 @@ def picture(run: RunFolder, name: str) -> list[Block]:
     labels = run.figures.get("labels")
     if name == "compare.png" and isinstance(labels, dict) and len(labels) == 1:
         heading, note = COMPARED_ONCE
+    own, images = run.figures.get("own_range"), run.figures.get("chosen")
+    if name == "selected.png" and isinstance(own, int) and isinstance(images, int):
+        note = f"{note} {own_range_note(own, images)}".strip()
     try:
         shown = {"source": data_uri(run.folder / name), "caption": ""}
     except BROKEN_IMAGE:
@@ -114,6 +117,22 @@ def pictures(run: RunFolder, leave_out: frozenset[str]) -> list[Block]:
     others = sorted(file.name for file in run.folder.glob("*.png") if file.name not in PICTURES)
     names = [name for name in (*PICTURES, *others) if name not in leave_out]
     return [block for name in names for block in picture(run, name)]
+
+
+def own_range_note(own: int, images: int) -> str:
+    """Say that the brightness of pictures can't be compared; nothing if it can.
+
+    Args:
+        own: Number of pictures whose range of values is that of their image or volume alone.
+        images: Number of pictures.
+    """
+    if own == 0:
+        return ""
+    which = "Each picture" if own == images else f"Each of {own} of the {images} pictures"
+    return (
+        f"{which} is drawn from the range of values of its own image or volume: do not compare its "
+        "brightness with that of others."
+    )
 
 
 def predicted(run: RunFolder) -> list[Block]:

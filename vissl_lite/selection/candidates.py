@@ -1,6 +1,7 @@
 """What may be chosen, and what was chosen."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -68,6 +69,12 @@ class Candidates:
             taken = np.bincount(self._groups[labelled], minlength=len(names))
             self._left = per_group - taken
             self.open &= self._left[self._groups] > 0
+
+    def copy(self) -> "Candidates":
+        """Candidates with the same images open; a selection from them leaves these as they are."""
+        other = copy(self)
+        other.open, other._left = self.open.copy(), self._left.copy()
+        return other
 
     @cached_property
     def distinct(self) -> np.ndarray:

@@ -29,7 +29,8 @@ class CoverageEstimate:
     Attributes:
         values: 2 B + 1 values or fewer: before the first image, after each of the B chosen ones,
             and after each further one, as ``herding`` would choose it from what is left.
-        random: As many values for images in random order.
+        random: As many values for images in random order. Where near-duplicates and groups leave
+            fewer of them than chosen ones, the last value is repeated.
         knee: Number of images from which on a further one adds less than the average one; 0 if
             the curve does not bend that way.
     """
@@ -46,6 +47,7 @@ def estimate_coverage(
     counted: np.ndarray,
     seed: int = 0,
     candidates: Candidates | None = None,
+    before: Candidates | None = None,
     most: int = MAX_IMAGES,
 ) -> CoverageEstimate:
     """Compute the coverage at each budget up to twice that of a selection.
@@ -60,6 +62,8 @@ def estimate_coverage(
         seed: Seed of the random orders and of the samples.
         candidates: What may be chosen after the selection; it is used up. Default: all but the
             labelled and chosen images.
+        before: What might be chosen before the selection, for the random orders; it is left as it
+            is. Default: all but the labelled images.
         most: Size of the samples, see ``greedy_cover``.
     """
     points, kernel = unit_features(features), gaussian(RADIUS)
@@ -78,13 +82,14 @@ def estimate_coverage(
     )
     order = np.concatenate([chosen, np.array(further, np.int64)])
     shown = points[sample(counted, most, seed)]
-    before = cover(shown, points[labelled], kernel)
-    values = coverage_curve(shown, points[order], kernel, before)
-    at_random = [
-        uniform(features, len(order), labelled, seed=seed + number).indices
-        for number in range(RANDOM_ORDERS)
-    ]
-    curves = [coverage_curve(shown, points[one], kernel, before) for one in at_random]
+    covered = cover(shown, points[labelled], kernel)
+    values = coverage_curve(shown, points[order], kernel, covered)
+    before = before or Candidates(len(points), labelled)
+    curves = []
+    for number in range(RANDOM_ORDERS):
+        one = uniform(features, len(order), labelled, None, seed + number, before.copy()).indices
+        curve = coverage_curve(shown, points[one], kernel, covered)
+        curves.append(curve + curve[-1:] * (len(values) - len(curve)))
     # The first label of all covers much; the bend is looked for after it.
     skipped = 1 if len(labelled) == 0 and len(values) > 2 else 0
     bend = knee(values[skipped:])

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from vissl_lite.data.atomic_file import atomic_write
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.data.turns import UNTURNED, Turn
 
@@ -77,11 +78,24 @@ class Predictions:
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
-    def draw(self, number: int, path: str, drawn: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Write a picture if the image is among the first ``pictures`` ones."""
+    def draw(
+        self,
+        number: int,
+        path: str,
+        reader: ImageReader,
+        drawn: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Write a picture if the image is among the first ``pictures`` ones.
+
+        Args:
+            number: Number of the image, from 0.
+            path: The file; may name a frame.
+            reader: How it is read.
+            drawn: Function that draws the predictions into ``(H, W, 3)`` uint8.
+        """
         if number < self.pictures:
             try:
-                image = read_image(path)
+                image = reader.read_picture(path)
             except BROKEN_IMAGE as error:  # it was read a moment ago, but can have gone since
                 log.warning(
                     "no picture of %(path)s (%(why)s)",

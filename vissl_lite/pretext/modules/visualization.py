@@ -66,7 +66,7 @@ def draw_views(
     """
     items = _readable_items(paths, views, seed, NUM_VIEWED, reader)
     if items:
-        images = [reader.picture(reader.read(paths[item.number], views.shortest)) for item in items]
+        images = [reader.read_picture(paths[item.number], views.shortest) for item in items]
         pictures = [[reader.picture(view) for view in item.views] for item in items]
         plot_views(images, pictures, file)
 

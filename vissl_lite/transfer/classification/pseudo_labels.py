@@ -116,7 +116,8 @@ def write_pseudo_labels(
                 written.append(str(Path(path).absolute()))
                 rows.writerow([written[-1], names, f"{confidence:.4f}"])
                 caption = f"{names or 'none'} {confidence:.2f}"
-                predictions.draw(next(numbers), path, partial(draw_caption, caption=caption))
+                drawn = partial(draw_caption, caption=caption)
+                predictions.draw(next(numbers), path, classifier.encoder.reader, drawn)
             out.flush()
 
         good = run_in_batches(

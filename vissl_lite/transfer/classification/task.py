@@ -183,7 +183,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             for true_word, found_word in zip(*words, strict=True)
         ]
         pictures = [
-            Picture(read_image(path, 256), caption, bool((a == b).all()))
+            Picture(model.encoder.reader.read_picture(path, 256), caption, bool((a == b).all()))
             for path, caption, a, b in zip(part.paths, captions, true, found, strict=True)
         ]
         plot_grid([pictures[i : i + 8] for i in range(0, len(pictures), 8)], run / "test.png")
@@ -220,9 +220,8 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                     else:
                         words = f"{model.classes[best]} {row[best]:.2f}"
                         rows.writerow([path, model.classes[best], f"{row[best]:.4f}"])
-                    predictions.draw(
-                        next(numbers), path, partial(draw_caption, caption=words or "none")
-                    )
+                    drawn = partial(draw_caption, caption=words or "none")
+                    predictions.draw(next(numbers), path, model.encoder.reader, drawn)
                 out.flush()
 
             good = run_in_batches(

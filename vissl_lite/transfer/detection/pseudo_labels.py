@@ -105,7 +105,7 @@ def write_pseudo_labels(
                 scores=one.scores[sure],
                 masks=one.drawn(sure, size),
             )
-            predictions.draw(len(images) - 1, path, drawn)
+            predictions.draw(len(images) - 1, path, detector.encoder.reader, drawn)
 
     good = detect_in_batches(detector, predictions.paths, use, predictions.advance)
     content = as_coco_content(detector.classes, images, {})

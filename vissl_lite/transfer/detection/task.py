@@ -151,7 +151,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         rows = []
         for index in spread(len(scores.images), MAX_SHOWN):
             truth, found = scores.images[index], scores.found[index]
-            image = read_image(truth.path)
+            image = model.encoder.reader.read_picture(truth.path)
             sure = found.scores >= model.threshold
             drawn = draw_boxes(
                 image,
@@ -220,7 +220,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                         scores=one.scores[sure],
                         masks=one.drawn(sure, (height, width)),
                     )
-                    predictions.draw(number - 1, path, drawn)
+                    predictions.draw(number - 1, path, model.encoder.reader, drawn)
                 out.flush()
 
             good = detect_in_batches(

@@ -138,7 +138,7 @@ def write_pseudo_labels(
             written.append(str(Path(path).absolute()))
             rows.writerow([written[-1], inside, f"{sure.mean():.4f}"])
             drawn = partial(draw_mask, mask=mask, classes=len(classes))
-            predictions.draw(next(numbers), path, drawn)
+            predictions.draw(next(numbers), path, segmenter.encoder.reader, drawn)
     names = "".join(f"{name}\n" for name in classes)
     (predictions.run / CLASSES).write_text(names, encoding="utf-8")
     good = report_broken(predictions.paths, faults)

@@ -140,13 +140,14 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
     def visualize(
         self, model: Segmenter, data: LabelledMasks, scores: SegmentationScores, run: Path
     ) -> None:
-        classes = data.classes
+        classes, reader = data.classes, model.encoder.reader
         rows = []
         for index in spread(len(data.test), MAX_SHOWN):
             one = data.test[index]
-            image = read_image(one.path)
+            values = reader.read(one.path)
+            image = reader.picture(values)
             truth = one.mask.read()
-            found = segment(model, model.encoder.reader.read(one.path)).argmax(axis=0)
+            found = segment(model, values).argmax(axis=0)
             rows.append(
                 [
                     Picture(shrunk(image)),
@@ -194,7 +195,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     found = segment(model, image, predictions.turns)
                     masks[path] = np.asarray(found.argmax(axis=0), np.uint8)
                     drawn = partial(draw_mask, mask=masks[path], classes=classes)
-                    predictions.draw(next(numbers), path, drawn)
+                    predictions.draw(next(numbers), path, reader, drawn)
                 if masks and file_of(following) != file_of(path):
                     whole_name = stems[split_suffix(os.path.abspath(file_of(path)))[0]] > 1
                     _write_masks(masks, predictions, classes, whole_name)
