@@ -15,6 +15,7 @@ import vissl_lite
 from tests.conftest import blobs, trying, with_pictures
 from vissl_lite.cli import main
 from vissl_lite.encoders.folder import load_encoder
+from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.model import (
     Classifier,
     class_logits,
@@ -294,6 +295,56 @@ def test_excluded_images_are_not_chosen(
     assert f"--exclude {table} has no column path" in capsys.readouterr().err
 
 
+def test_copies_of_excluded_images_are_not_chosen_either(encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(4):
+        blobs(index, 64, 64).save(folder / f"{index}.png")
+        ImageOps.mirror(blobs(index, 64, 64)).save(folder / f"{index}-mirrored.png")
+    gone = tmp_path / "gone.png"
+    table = tmp_path / "not_usable.csv"
+    table.write_text(f"path,not_usable\n{folder}/0.png,1\n{folder}/2-mirrored.png,1\n{gone},1\n")
+    given = ("--encoder", encoder, "--data", folder, "--exclude", table, "--out", tmp_path / "run")
+    assert run(*given, "--budget", 4) == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    assert sorted(Path(row["path"]).name[0] for row in chosen) == ["1", "3"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["labelled"], results["images"]) == (0, 6)
+    assert results["coverage"]["selected"][0] == 0
+
+
+def test_a_random_test_part_is_kept_apart(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/labelling.md says, with two rounds of training images."""
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    given = ("--encoder", encoder, "--data", photos, "--budget", 6)
+
+    def save(name: str, run_folder: Path) -> None:
+        content = page_content(run_folder / "label.html")
+        new = [(one["path"], "ab"[i % 2]) for i, one in enumerate(content["images"])]
+        lines = [f"{path},{label}" for path, label in [*content["labelled"], *new]]
+        (labels / name).write_text("\n".join(["path,class", *lines]) + "\n")
+
+    assert run(*given, "--method", "random", "--out", tmp_path / "test") == 0
+    save("test.csv", tmp_path / "test")
+    given = (*given, "--exclude", tmp_path / "test" / "selected.csv")
+    assert run(*given, "--out", tmp_path / "first") == 0
+    save("train.csv", tmp_path / "first")
+    assert run(*given, "--labelled", labels / "train.csv", "--out", tmp_path / "second") == 0
+    save("train.csv", tmp_path / "second")
+    test, train = (
+        {row["path"] for row in rows(labels / f"{one}.csv")} for one in ("test", "train")
+    )
+    assert (len(test), len(train), len(test & train)) == (6, 12, 0)
+    words = ["finetune", "--encoder", encoder, "--data", labels, "--out", tmp_path / "model"]
+    assert main([*map(str, words), "--dry_run"]) == 0
+    printed = capsys.readouterr().err
+    assert re.search(r"test +6 +test.csv", printed)
+    assert re.search(r"training +10 +train.csv", printed)
+
+
 def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
     for index in range(12):
         folder = tmp_path / "images" / f"p{index % 4}"
@@ -330,6 +381,46 @@ def test_groups_are_found_below_an_archive(encoder: Path, tmp_path: Path) -> Non
     assert sorted(Path(row["path"]).parent.name for row in chosen) == ["p0", "p1"]
 
 
+def test_groups_of_a_table_are_those_that_finetune_uses(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows without a label have groups, too; an image that is not in the table has none."""
+    folder, table = tmp_path / "images", tmp_path / "metadata.csv"
+    folder.mkdir()
+    for index in range(11):
+        blobs(index).save(folder / f"{index}.png")
+    patients = "aabbccdddd"  # six labelled images of a, b and c, and four others of d
+    lines = [f"images/{i}.png,{'xy'[i % 2] if i < 6 else ''},{patients[i]}" for i in range(10)]
+    table.write_text("\n".join(["path,label,patient_id", *lines]) + "\n")
+    given = ("--encoder", encoder, "--data", folder, "--labelled", table, "--per_group", 1)
+    assert run(*given, "--budget", 3, "--out", tmp_path / "run") == 2
+    assert "there are 2 images without a label within --per_group 1" in capsys.readouterr().err
+    assert run(*given, "--budget", 2, "--out", tmp_path / "run") == 0
+    chosen = {int(Path(row["path"]).stem) for row in rows(tmp_path / "run" / "selected.csv")}
+    assert 10 in chosen
+    assert len(chosen & {6, 7, 8, 9}) == 1
+    assert "10 of 11 images have a group" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_probe_of_dropquery_divides_no_group(
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))[:8]
+    table = tmp_path / "labels.csv"
+    lines = [f"{path},{'xy'[i % 2]},{'abcd'[i // 2]}" for i, path in enumerate(known)]
+    table.write_text("\n".join(["path,label,patient_id", *lines]) + "\n")
+    groups = []
+
+    def fit(*values: Any) -> Any:
+        groups.append(values[4].tolist())
+        return fit_linear(*values)
+
+    monkeypatch.setattr("vissl_lite.commands.select.fit_linear", fit)
+    given = ("--encoder", encoder, "--data", photos, "--method", "dropquery", "--budget", 2)
+    assert run(*given, "--labelled", table, "--out", tmp_path / "run") == 0
+    assert [sorted(one) for one in groups] == [[*"aabbccdd"]]
+
+
 def test_groups_of_one_image_each_are_no_limit(encoder: Path, photos: Path, tmp_path: Path) -> None:
     given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run")
     assert run(*given, "--budget", 3, "--per_group", 1, "--group_by", r"(\d+)\.jpg") == 0
@@ -361,6 +452,27 @@ def test_a_model_that_does_not_count_is_said(
     given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run", "--budget", 2)
     assert run(*given, "--model", model, "--method", "k_center") == 0
     assert "k_center does not use the uncertainty" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_model_that_is_equally_uncertain_of_all_images_is_said(
+    encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    constant = Classifier(load_encoder(encoder), ["cat", "dog"])
+    for weights in constant.network.get_classifier().parameters():
+        weights.data.zero_()
+    save_classifier(constant, tmp_path / "tuned" / "model", {})
+    given = ("--encoder", encoder, "--data", photos, "--budget", 4, "--model", tmp_path / "tuned")
+    said, chosen = {}, {}
+    for method, seed in (("margin", 0), ("margin", 1), ("herding", 0)):
+        out = tmp_path / f"{method}{seed}"
+        assert run(*given, "--method", method, "--seed", seed, "--out", out) == 0
+        said[method] = " ".join((out / "log.txt").read_text().split())
+        chosen[method, seed] = [row["path"] for row in rows(out / "selected.csv")]
+    same = "--model has the same uncertainty, 1.000, for all 24 images to choose from"
+    assert all(text.count(same) == 1 for text in said.values())
+    assert "the images are chosen at random" in said["margin"]
+    assert "the images are chosen as without a model" in said["herding"]
+    assert chosen["margin", 0] != chosen["margin", 1]
 
 
 def test_images_that_a_model_knows_and_nobody_named_are_said(
@@ -454,6 +566,80 @@ def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path
     assert len(later) == 2
     assert not later & {row["path"] for row in chosen}
     assert "validation part" not in (tmp_path / "next" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_the_coco_file_of_a_later_round_is_the_whole_data_set(
+    task: str, encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--encoder", encoder, "--data", photos, "--budget", 3, "--task", task)
+    square = [[4, 4, 20, 4, 20, 20, 4, 20]]
+
+    def fill(run_folder: Path, file: Path) -> dict[str, Any]:
+        """Add an object to each image without one, as a labelling tool does."""
+        content: dict[str, Any] = json.loads((run_folder / "to_label.json").read_text())
+        objects = content["annotations"]
+        done = {one["image_id"] for one in objects}
+        content["categories"] = content["categories"] or [
+            {"id": 5, "name": "cell"},
+            {"id": 9, "name": "dot"},
+        ]
+        for image in content["images"]:
+            if image["id"] not in done:
+                box = {"bbox": [4, 4, 16, 16], "area": 256, "segmentation": square}
+                number = len(objects) + 1
+                category = content["categories"][number % 2]["id"]
+                objects.append(
+                    {"id": number, "image_id": image["id"], "category_id": category, **box}
+                )
+        file.write_text(json.dumps(content))
+        return content
+
+    assert run(*given, "--out", tmp_path / "first") == 0
+    first = fill(tmp_path / "first", tmp_path / "labels.json")
+    given = (*given, "--labelled", tmp_path / "labels.json", "--out", tmp_path / "second")
+    assert run(*given) == 0
+    second = json.loads((tmp_path / "second" / "to_label.json").read_text())
+    assert second["images"][:3] == first["images"]
+    assert [one["id"] for one in second["images"]] == [1, 2, 3, 4, 5, 6]
+    new = [row["path"] for row in rows(tmp_path / "second" / "selected.csv")]
+    assert [one["file_name"] for one in second["images"][3:]] == new
+    assert second["annotations"] == first["annotations"]
+    assert second["categories"] == first["categories"]
+    assert run(*given, "--overwrite") == 0  # nothing was filled in
+    fill(tmp_path / "second", tmp_path / "second" / "to_label.json")
+    assert run(*given, "--overwrite") == 2
+    capsys.readouterr()
+    whole = tmp_path / "second" / "to_label.json"
+    words = ["finetune", "--encoder", encoder, "--task", task, "--out", tmp_path / "model"]
+    assert main([*map(str, words), "--data", str(whole), "--dry_run"]) == 0
+    printed = capsys.readouterr().err
+    counts = re.findall(r"(?:training|validation|test) +(\d+) ", printed)
+    assert sum(map(int, counts)) == 6
+
+
+def test_the_coco_file_has_new_images_alone_where_parts_would_be_lost(
+    encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    images = []
+    for index, part in enumerate(("train", "test")):
+        (tmp_path / "labelled" / part).mkdir(parents=True)
+        blobs(50 + index).save(tmp_path / "labelled" / part / f"{index}.png")
+        name = f"{part}/{index}.png"
+        images.append({"id": index, "file_name": name, "height": 40, "width": 48})
+    box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [2, 2, 9, 9]}
+    categories = [{"id": 1, "name": "cell"}]
+    labelled = tmp_path / "labelled" / "labels.json"
+    labelled.write_text(
+        json.dumps({"images": images, "annotations": [box], "categories": categories})
+    )
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run", "--budget", 2)
+    assert run(*given, "--task", "detection", "--labelled", labelled) == 0
+    content = json.loads((tmp_path / "run" / "to_label.json").read_text())
+    assert [one["id"] for one in content["images"]] == [1, 2]
+    assert content["annotations"] == []
+    said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
+    assert "new images only, since --labelled has a validation or test part" in said
 
 
 def test_mistakes_are_said_before_anything_is_written(

@@ -45,6 +45,15 @@ def test_pictures_that_are_labelled_are_not_chosen(tmp_path: Path) -> None:
     assert np.flatnonzero(candidates.open).tolist() == [4, 5]
 
 
+def test_pictures_that_are_excluded_are_not_chosen(tmp_path: Path) -> None:
+    """Unlike labelled ones, excluded images count neither in groups nor among all images."""
+    found = prints(tmp_path)
+    others, excluded = found.take(np.array([0, 2, 3, 5, 6])), found.take(np.array([1, 4]))
+    groups = np.array(["a"] * 5)
+    candidates = Candidates(5, prints=others, groups=groups, per_group=1, excluded=excluded)
+    assert np.flatnonzero(candidates.open).tolist() == [4]
+
+
 def test_labelled_images_of_one_picture_do_not_narrow_the_kernel(tmp_path: Path) -> None:
     """The second of them is a flipped copy whose features are nearly the same."""
     labelled, found = np.array([0, 1, 6]), prints(tmp_path)

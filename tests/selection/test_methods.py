@@ -146,6 +146,17 @@ def test_margin_takes_the_most_uncertain_and_needs_a_model() -> None:
         METHODS["margin"](np.zeros((5, 2)), 3)
 
 
+def test_margin_draws_among_equally_uncertain_images() -> None:
+    uncertainty = np.repeat([0, 0.5, 0], [20, 1, 19])
+    chosen = [METHODS["margin"](np.zeros((40, 2)), 6, uncertainty=uncertainty, seed=s).indices
+              for s in (0, 0, 1)]  # fmt: skip
+    assert chosen[0].tolist() == chosen[1].tolist() != chosen[2].tolist()
+    assert [one[0] for one in chosen] == [20, 20, 20]
+    for one in chosen:
+        assert len(set(one.tolist())) == 6
+        assert one.max() > 20 > one.min()
+
+
 @pytest.mark.parametrize("first_round", [False, True])
 def test_dropquery_takes_the_centers_of_clusters_of_uncertain_images(first_round: bool) -> None:
     features = points(80)

@@ -41,8 +41,8 @@ from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.dataset import KnownImages
 from vissl_lite.transfer.options import AnnotationsOption
-from vissl_lite.transfer.skeleton import filled_skeleton
-from vissl_lite.transfer.sources.groups import find_groups, group_names
+from vissl_lite.transfer.skeleton import COCO_SKELETON, filled_skeleton, read_coco_labels
+from vissl_lite.transfer.sources.groups import default_group, find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.tasks import AnyTask, find_model, find_task, reading_settings
@@ -59,6 +59,8 @@ MAX_PAGE_IMAGES = 1000
 # Labelled images that the page shows beside each chosen one, and other chosen ones that it knows to
 # be similar: the nearest of those labelled meanwhile are shown, too.
 NEIGHBORS, SIMILAR = 5, 10
+# Methods that use the uncertainty of a model, and how they choose where it is all the same.
+_BY_UNCERTAINTY = {"herding": "as without a model", "margin": "at random"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     """What is labelled already, in any layout that finetune reads. These images, and others of the
     same pictures, are not chosen, and what they cover counts as covered."""
     exclude: Paths | None = None
-    """Images that are not to be chosen, such as those that are not usable: tables (.csv) with a
-    column path."""
+    """Images that are not to be chosen, nor others of the same pictures, such as those that are not
+    usable: tables (.csv) with a column path."""
     model: StrPath | None = None
     """A run of finetune, whose uncertainty counts with --method herding and margin."""
     annotations: StrPath | None = None
@@ -160,11 +162,13 @@ class _Images:
 
     Attributes:
         prints: Fingerprints, with the paths.
+        excluded: Fingerprints of the images that --exclude names.
         features: ``(N, D)``.
         uncertainty: ``(N,)`` of the model; None without one.
     """
 
     prints: Fingerprints
+    excluded: Fingerprints
     features: np.ndarray
     uncertainty: np.ndarray | None
 
@@ -178,8 +182,10 @@ def select(options: SelectOptions) -> SelectResult:
     one is chosen.
 
     Writes selected.csv (rank, path, reason, number of images that are nearest to it), to_label.csv
-    (path and an empty column label) for classification or to_label.json (COCO without annotations)
-    for other tasks, and report.html with the chosen images, a map, and the coverage at each budget.
+    (path and an empty column label) for classification or to_label.json (COCO without annotations
+    of the chosen images; if --labelled is a file in COCO's format, it begins with its images and
+    their annotations) for other tasks, and report.html with the chosen images, a map, and the
+    coverage at each budget.
     Where each image has one class, label.html is a page for labelling up to 1,000 of them in a
     browser; it saves the CSV that finetune reads.
 
@@ -203,7 +209,7 @@ def select(options: SelectOptions) -> SelectResult:
             f"--overwrite would delete: move it elsewhere, or give another --out"
         )
     task, model, temperature = _find_task(options)
-    pool = _without(find_images(sources), path_list(options.exclude or []))
+    pool, excluded = _without(find_images(sources), path_list(options.exclude or []))
     labelled = _read_labels(options, task, model)
     if options.method == "dropquery" and options.labelled is not None:
         _check_probe_labels(labelled.labels)
@@ -212,12 +218,16 @@ def select(options: SelectOptions) -> SelectResult:
     classes = list(dict.fromkeys([*known_to_model, *labelled.classes]))
     paths = _joined(pool, labelled.paths)
     known = set(map(os.path.abspath, labelled.paths))
-    grouping = _groups(paths, options)
+    grouping = _groups(paths, options, labelled)
+    earlier = None
+    if options.labelled is not None and not labelled.parts_given:
+        place = None if options.annotations is None else Path(options.annotations)
+        earlier = read_coco_labels(Path(options.labelled), place)
     _check_budget(options, paths, known, grouping)
     if model_folder is not None:
         _check_known(model_folder, pool, known)
     encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
-    if model is not None and options.method not in ("herding", "margin"):
+    if model is not None and options.method not in _BY_UNCERTAINTY:
         log.warning(
             "--method %(method)s does not use the uncertainty of --model, which is only written to "
             "%(table)s: herding and margin use it",
@@ -227,18 +237,20 @@ def select(options: SelectOptions) -> SelectResult:
     if model is not None:
         model.encoder.reader = override(model.encoder.reader, paths, options)
     with open_run(out, "select", config) as run:
-        images = _read_images(paths, encoder, task, model, temperature)
+        images = _read_images(paths, excluded, encoder, task, model, temperature)
         prints, features, uncertainty = images.prints, images.features, images.uncertainty
         absolute = [os.path.abspath(path) for path in prints.paths]
         has_label = np.array([path in known for path in absolute])
         labelled_at = np.flatnonzero(has_label)
         groups = None if grouping is None else group_names(prints.paths, grouping)
-        candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
+        candidates = Candidates(
+            len(prints), labelled_at, prints, groups, options.per_group, images.excluded
+        )
         before, open_before = candidates.copy(), candidates.remaining
         if open_before == 0:
             raise UserError(
-                "no image is left to choose: all without a label show the same as labelled ones, "
-                "are of groups with enough images, or can't be read"
+                "no image is left to choose: all without a label show the same as labelled or "
+                "excluded ones, are of groups with enough images, or can't be read"
             )
         if len(prints) > MAX_IMAGES:
             log.info(
@@ -251,7 +263,10 @@ def select(options: SelectOptions) -> SelectResult:
             known_classes = _classes_by_path(labelled)
             learned = np.array([i for i in labelled_at if absolute[i] in known_classes])
             known_names = [known_classes[absolute[i]] for i in learned]
-            uncertainty = _probe_uncertainty(features, learned, known_names, options.seed)
+            of = _groups_of_probe([prints.paths[i] for i in learned], labelled, grouping)
+            uncertainty = _probe_uncertainty(features, learned, known_names, options.seed, of)
+        if model is not None and uncertainty is not None and options.method in _BY_UNCERTAINTY:
+            _check_uncertainty(uncertainty[candidates.open], options.method)
         method = METHODS[options.method]
         selection = method(
             features, options.budget, labelled_at, uncertainty, options.seed, candidates
@@ -260,7 +275,8 @@ def select(options: SelectOptions) -> SelectResult:
         if len(chosen) < options.budget:
             log.warning(
                 "%(chosen)d images are chosen instead of %(budget)d: all others show the same as "
-                "labelled or chosen ones, are of groups with enough images, or can't be read",
+                "labelled, excluded or chosen ones, are of groups with enough images, or can't be "
+                "read",
                 {"chosen": len(chosen), "budget": options.budget},
                 extra={"code": "selection.short"},
             )
@@ -275,7 +291,10 @@ def select(options: SelectOptions) -> SelectResult:
         written = None
         if grouping is not None and options.group_by is not None:
             written = {os.path.abspath(path): group for path, group in grouping.items()}
-        skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run, written)
+        new = [absolute[i] for i in chosen]
+        skeleton = task.write_skeleton(new, classes, run, written, earlier)
+        if skeleton.name == COCO_SKELETON and options.labelled is not None:
+            _say_what_it_holds(skeleton, earlier is not None, labelled.parts_given)
         results: dict[str, Any] = {
             "method": options.method,
             "task": task.name,
@@ -387,10 +406,46 @@ def _check_known(model_folder: Path, pool: Sequence[str], known: set[str]) -> No
         )
 
 
-def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
-    """The images that no table names, for --exclude."""
+def _check_uncertainty(uncertainty: np.ndarray, method: str) -> None:
+    """Warn if a model is equally uncertain of all images that may be chosen.
+
+    Args:
+        uncertainty: ``(N,)`` of these images.
+        method: Name of the method.
+    """
+    if len(uncertainty) > 1 and uncertainty.min() == uncertainty.max():
+        log.warning(
+            "--model has the same uncertainty, %(uncertainty).3f, for all %(images)d images to "
+            "choose from, as a detector that finds nothing in them: the images are chosen %(how)s. "
+            "Train the model on more labels, or for longer",
+            {
+                "uncertainty": float(uncertainty[0]),
+                "images": len(uncertainty),
+                "how": _BY_UNCERTAINTY[method],
+            },
+            extra={"code": "selection.same_uncertainty"},
+        )
+
+
+def _say_what_it_holds(skeleton: Path, joined: bool, parts_given: bool) -> None:
+    """Log whether a file to label holds the labels so far.
+
+    Args:
+        skeleton: File in COCO's format.
+        joined: Whether it does.
+        parts_given: Whether --labelled has a validation or test part.
+    """
+    if joined:
+        log.info("%s begins with the images of --labelled and their annotations", skeleton.name)
+        return
+    why = "has a validation or test part" if parts_given else "is not one file in COCO's format"
+    log.info("%s has the new images only, since --labelled %s", skeleton.name, why)
+
+
+def _without(pool: list[str], tables: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The images that no table names, and the absolute paths of those that one names."""
     excluded = read_excluded(tables, pool)
-    return [path for path in pool if os.path.abspath(path) not in excluded]
+    return [path for path in pool if os.path.abspath(path) not in excluded], sorted(excluded)
 
 
 def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
@@ -399,12 +454,26 @@ def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
     return list(by_place.values())
 
 
-def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | None:
-    """Groups of images by path, for --per_group."""
+def _groups(
+    paths: Sequence[str], options: SelectOptions, labelled: KnownImages
+) -> dict[str, str] | None:
+    """Groups of images by path, for --per_group.
+
+    Args:
+        paths: All images.
+        options: Options of the command.
+        labelled: Labelled images; their source may name groups, also of images without a label.
+    """
     if options.per_group is None:
         return None
     sources = path_list(options.data)
-    reading = ReadingLog(source=", ".join(sources))
+    named = _named_groups(paths, labelled)
+    if named and options.group_by is None:
+        # other slices of a volume, which the table need not have, are of the same group
+        of_files = {path: group for path in paths if (group := default_group(path)) is not None}
+        names = {of_files[path]: group for path, group in named.items() if path in of_files}
+        named = {path: names.get(group, group) for path, group in of_files.items()} | named
+    reading = ReadingLog(source=", ".join(sources), groups=named)
     if options.labelled is not None:
         sources = [*sources, os.fspath(options.labelled)]
     places = [unpacked(Path(one)) for one in sources]
@@ -416,7 +485,40 @@ def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | No
         )
     for note in reading.notes:
         log.info(note)
+    if options.group_by is None and named and len(named) < len(paths):
+        log.info(
+            "%d of %d images have a group, by --labelled or their files: each of the others is a "
+            "group of its own",
+            len(named),
+            len(paths),
+        )
     return reading.groups
+
+
+def _named_groups(paths: Sequence[str], labelled: KnownImages) -> dict[str, str]:
+    """The groups by path of those images that have one in the source of the labels."""
+    known = {os.path.abspath(path): group for path, group in labelled.groups.items()}
+    return {path: known[place] for path in paths if (place := os.path.abspath(path)) in known}
+
+
+def _groups_of_probe(
+    paths: Sequence[str], labelled: KnownImages, grouping: dict[str, str] | None
+) -> np.ndarray | None:
+    """Groups of the labelled images, as ``finetune`` finds them: no fold of a probe divides one.
+
+    Args:
+        paths: L labelled images.
+        labelled: Labelled images, with the groups that their source names.
+        grouping: Groups for --per_group, if it was given.
+
+    Returns:
+        ``(L,)`` str; None if all images are apart.
+    """
+    if grouping is None:
+        reading = ReadingLog(source="", groups=_named_groups(paths, labelled))
+        find_groups(paths, [], None, reading)
+        grouping = reading.groups
+    return group_names(paths, grouping)
 
 
 def _check_budget(
@@ -443,12 +545,25 @@ def _check_budget(
 
 def _read_images(
     paths: Sequence[str],
+    excluded: Sequence[str],
     encoder: Encoder,
     task: AnyTask,
     model: TrainedModel | None,
     temperature: float,
 ) -> _Images:
-    """Fingerprints, features and uncertainty of all images that can be read."""
+    """Fingerprints, features and uncertainty of all images that can be read.
+
+    Args:
+        paths: Images to choose from, and labelled ones.
+        excluded: Images that are not to be chosen; some may be gone or broken.
+        encoder: Encoder of the features.
+        task: Task of the labels.
+        model: Model of the uncertainty; None for none.
+        temperature: Temperature of its logits.
+
+    Raises:
+        UserError: No image can be read.
+    """
     with progress_bar() as bar:
 
         def advance(name: str, total: int) -> Any:
@@ -456,6 +571,7 @@ def _read_images(
 
         prints, broken = read_fingerprints(paths, advance("near-duplicates", len(paths)))
         report_skipped(broken)
+        ruled_out, _ = read_fingerprints(excluded)
         if len(prints) == 0:
             raise UserError(
                 f"none of {len(paths)} images can be read, the first {broken[0].path} "
@@ -466,11 +582,12 @@ def _read_images(
         check_outputs([features], f"some of the {len(features)} images")
         prints = prints.take(np.flatnonzero(good))
         if model is None:
-            return _Images(prints, features, None)
+            return _Images(prints, ruled_out, features, None)
         uncertainty, good = task.uncertainty(
             model, temperature, prints.paths, advance("uncertainty", len(prints))
         )
-        return _Images(prints.take(np.flatnonzero(good)), features[good], uncertainty)
+        prints = prints.take(np.flatnonzero(good))
+        return _Images(prints, ruled_out, features[good], uncertainty)
 
 
 def _check_probe_labels(names: list[str] | None) -> None:
@@ -485,7 +602,11 @@ def _check_probe_labels(names: list[str] | None) -> None:
 
 
 def _probe_uncertainty(
-    features: np.ndarray, labelled: np.ndarray, names: list[str], seed: int
+    features: np.ndarray,
+    labelled: np.ndarray,
+    names: list[str],
+    seed: int,
+    groups: np.ndarray | None,
 ) -> np.ndarray:
     """Share of dropout masks that change the class by a linear probe, for DropQuery.
 
@@ -494,13 +615,14 @@ def _probe_uncertainty(
         labelled: ``(L,)`` indices of the labelled images.
         names: L names of their classes.
         seed: Seed of the folds and masks.
+        groups: ``(L,)`` groups of the labelled images, which no fold divides; None without any.
 
     Raises:
         UserError: The labelled images that can be read are of fewer than two classes.
     """
     _check_probe_labels(names)
     classes, numbers = np.unique(names, return_inverse=True)
-    head, _ = fit_linear(features[labelled], numbers, len(classes), seed)
+    head, _ = fit_linear(features[labelled], numbers, len(classes), seed, groups)
     return changed_by_dropout(head.logits, features, seed)
 
 
@@ -564,7 +686,7 @@ def _write_page(
     ]
     # A table with all labels would mix training and test images that are kept apart, and has the
     # groups of a column for some images alone.
-    separate = labelled.parts_given or (labelled.grouped and groups is None)
+    separate = labelled.parts_given or (bool(labelled.groups) and groups is None)
     before = [] if separate else [*class_of.items()]
     if separate and class_of:
         log.info(

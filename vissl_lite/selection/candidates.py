@@ -42,6 +42,8 @@ class Candidates:
             chosen, and none of a picture that is labelled. None if that is not checked.
         groups: ``(N,)`` group of each image, such as its patient.
         per_group: Maximum number of images of a group, labelled ones included; None for any.
+        excluded: Fingerprints of other images, such as those that are not usable: none that shows
+            the same picture as one of them is chosen, if ``prints`` are given.
 
     Attributes:
         open: ``(N,)`` bool: which images may be chosen.
@@ -54,13 +56,16 @@ class Candidates:
         prints: Fingerprints | None = None,
         groups: np.ndarray | None = None,
         per_group: int | None = None,
+        excluded: Fingerprints | None = None,
     ) -> None:
         self.open = np.ones(images, bool)
         self.open[labelled] = False
         self._labelled = labelled
         self._prints, self._left = prints, np.empty(0, np.int64)
-        if prints is not None and len(labelled):
-            known = {match.path for match in find_matches(prints, prints.take(labelled))}
+        if prints is not None:
+            bank = prints.take(labelled)
+            bank = bank if excluded is None else bank.append(excluded)
+            known = {match.path for match in find_matches(prints, bank)} if len(bank) else set()
             self.open &= [path not in known for path in prints.paths]
         if groups is None or per_group is None:
             self._groups = None

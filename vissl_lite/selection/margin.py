@@ -25,7 +25,7 @@ def margin(
         budget: Number of images to choose.
         labelled: ``(L,)`` indices.
         uncertainty: ``(N,)``.
-        seed: Not used: of equally uncertain images the first is chosen.
+        seed: Seed of the order of equally uncertain images.
         candidates: What may be chosen.
 
     Raises:
@@ -33,7 +33,9 @@ def margin(
     """
     if uncertainty is None:
         raise UserError("--method margin needs a model: give --model with a run of finetune")
-    order = np.argsort(-np.asarray(uncertainty), kind="stable")
+    # The order of the paths would choose one folder or patient, where a detector finds no boxes.
+    shuffled = np.random.default_rng(seed).permutation(len(features))
+    order = shuffled[np.argsort(-np.asarray(uncertainty)[shuffled], kind="stable")]
     chosen = in_order(order, budget, candidates or Candidates(len(features), labelled))
     return Selection(
         np.array(chosen, np.int64), [f"uncertainty {uncertainty[index]:.3f}" for index in chosen]

@@ -24,7 +24,8 @@ from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
 from vissl_lite.transfer.prediction import Predictions, PseudoLabelled
-from vissl_lite.transfer.skeleton import COCO_SKELETON, write_coco_skeleton
+from vissl_lite.transfer.skeleton import COCO_SKELETON, CocoContent, write_coco_skeleton
+from vissl_lite.transfer.sources.groups import named_groups
 from vissl_lite.transfer.sources.parts import PARTS, Split
 
 
@@ -127,7 +128,13 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             UserError: Nothing is there, or it can't be used.
         """
         data = self.load_data(source, settings, complete=False)
-        return KnownImages([path for part in PARTS for path in data.paths(part)], data.classes)
+        return KnownImages(
+            [path for part in PARTS for path in data.paths(part)],
+            data.classes,
+            parts_given=bool(data.paths("val") or data.paths("test")),
+            test=frozenset(data.paths("test")),
+            groups=named_groups(data.reading),
+        )
 
     @abstractmethod
     def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
@@ -363,6 +370,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         classes: Sequence[str],
         folder: Path,
         groups: Mapping[str, str] | None = None,
+        earlier: CocoContent | None = None,
     ) -> Path:
         """Write a file of images without labels, to be filled by hand or with a labelling tool.
 
@@ -374,11 +382,13 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             folder: Folder to write to.
             groups: Groups of images that have one; COCO's format has no place for them. None if
                 there are none.
+            earlier: Images that are labelled already, with their labels, which a file in COCO's
+                format begins with; None if there are none in this format.
 
         Returns:
             The file, ``to_label.json`` or ``to_label.csv``.
         """
-        return write_coco_skeleton(folder / COCO_SKELETON, paths, classes)
+        return write_coco_skeleton(folder / COCO_SKELETON, paths, classes, earlier)
 
     @abstractmethod
     def export_model(self, model: ModelT, folder: Path) -> ExportModel:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
@@ -264,7 +264,8 @@ class KnownImages:
         labels: Class of each image; None unless each image has one class.
         parts_given: Whether the source has validation or test images of its own.
         test: Files of those for testing, if it does; their labels must not influence the training.
-        grouped: Whether the source has groups of images, such as a column ``patient_id``.
+        groups: Groups by file that the source names, such as by a column ``patient_id``; also of
+            images without a label.
     """
 
     paths: list[str]
@@ -272,7 +273,7 @@ class KnownImages:
     labels: list[str] | None = None
     parts_given: bool = False
     test: frozenset[str] = frozenset()
-    grouped: bool = False
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 def sample(images: list[RecordT], wanted: int = MAX_VALIDATION_IMAGES) -> list[RecordT]:

@@ -51,7 +51,8 @@ from vissl_lite.transfer.dataset import KnownImages, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, PseudoLabelled, growing_file
-from vissl_lite.transfer.skeleton import TABLE_SKELETON, write_table_skeleton
+from vissl_lite.transfer.skeleton import TABLE_SKELETON, CocoContent, write_table_skeleton
+from vissl_lite.transfer.sources.groups import named_groups
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
@@ -85,7 +86,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             labels if len(labels) == len(found.images) else None,
             bool({image.part for image in found.images} - {None, "train"}),
             frozenset(image.path for image in found.images if image.part == "test"),
-            bool(reading.groups),
+            named_groups(reading),
         )
 
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
@@ -254,6 +255,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         classes: Sequence[str],
         folder: Path,
         groups: Mapping[str, str] | None = None,
+        earlier: CocoContent | None = None,
     ) -> Path:
         return write_table_skeleton(folder / TABLE_SKELETON, paths, groups)
 

@@ -61,6 +61,7 @@ from vissl_lite.transfer.segmentation.training import (
     validate_segmenter,
     weigh_classes,
 )
+from vissl_lite.transfer.skeleton import CocoContent
 from vissl_lite.transfer.sources.parts import Split
 
 log = logging.getLogger(__name__)
@@ -234,10 +235,11 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         classes: Sequence[str],
         folder: Path,
         groups: Mapping[str, str] | None = None,
+        earlier: CocoContent | None = None,
     ) -> Path:
         # the background has no objects
         has_background = bool(classes) and classes[0].lower() in (*BACKGROUND, "0")
-        return super().write_skeleton(paths, classes[has_background:], folder, groups)
+        return super().write_skeleton(paths, classes[has_background:], folder, groups, earlier)
 
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder

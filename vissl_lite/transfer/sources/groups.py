@@ -95,6 +95,20 @@ def find_groups(
     return lambda images: _names([one.path for one in images], kept)
 
 
+def named_groups(log: ReadingLog) -> dict[str, str]:
+    """The groups by image that annotations name, also of images without a label.
+
+    Args:
+        log: Log of a data set that was read.
+
+    Returns:
+        Those of a column, or of a key ``group``; not those of ``--group_by`` or of the files.
+    """
+    if log.group_by is not None or log.grouped_by == _OF_FILES:
+        return {}
+    return {**log.groups_of_unlabelled, **log.groups}
+
+
 def _shared(groups: Iterable[str]) -> bool:
     """Whether any group occurs twice."""
     return max(Counter(groups).values(), default=0) > 1
