@@ -786,6 +786,17 @@ def test_folders_name_the_parts_of_a_table_without_parts(tmp_path: Path) -> None
     assert data.reading.origins["test"] == "folder names"
 
 
+def test_tables_that_are_not_used_are_named(tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "images", {"cat": 5, "dog": 5})
+    rows = [f"images/{name}/{n}.jpg,{name}" for n in range(5) for name in ("cat", "dog")]
+    for number, some in ((1, rows[:4]), (2, rows[4:])):
+        (tmp_path / f"round{number}.csv").write_text("\n".join(["path,label", *some]) + "\n")
+    options = LabelOptions(label_column="label")
+    ((code, text),) = load_labelled(tmp_path, options=options).reading.warnings
+    assert code == "data.unused_tables"
+    assert "round2.csv, and not round1.csv" in text
+
+
 def test_an_image_in_the_tables_of_two_parts_is_in_the_last(tmp_path: Path) -> None:
     make_class_folders(tmp_path / "images", {"cat": 5, "dog": 5})
     rows = [f"images/{name}/{n}.jpg,{name}" for n in range(5) for name in ("cat", "dog")]

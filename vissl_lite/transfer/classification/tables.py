@@ -91,6 +91,7 @@ def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> Fo
     """
     found: dict[Split | None, tuple[Path, FoundLabels, ReadingLog]] = {}
     refused: list[str] = []
+    usable: list[Path] = []
     for path in tree.ending(*TABLES):
         if path.count("/") >= _TABLE_DEPTH or "submission" in path.lower():
             continue
@@ -101,6 +102,8 @@ def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> Fo
         except UserError as error:
             refused += [str(error)] if path.lower().endswith((".csv", ".tsv", ".jsonl")) else []
             continue
+        if labels.images:
+            usable.append(file)
         if part not in found or len(labels.images) > len(found[part][1].images):
             found[part] = (file, labels, tried)
     if "train" in found:  # a table for each part
@@ -111,6 +114,14 @@ def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> Fo
         if refused:
             log.note(f"A table is not used: {refused[0]}")
         return FoundLabels([])
+    used = [file for file, _, _ in found.values()]
+    if unused := [file.name for file in usable if file not in used]:
+        log.warn(
+            "data.unused_tables",
+            f"Only the largest table of each part is used, "
+            f"{', '.join(file.name for file in used)}, and not {', '.join(unused)}: put all rows "
+            f"into one table",
+        )
     for part, (file, _, tried) in found.items():
         if part is not None:
             tried.origins = {part: file.name}
