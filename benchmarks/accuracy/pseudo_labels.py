@@ -36,7 +36,7 @@ SETS: dict[str, dict[str, Any]] = {
     "bccd": {"task": "detection", "fraction": 0.07, "image_size": 320, "upright": False},
 }
 # Seconds for the first command and for the last, which trains twice; None: its number of epochs
-TIMES: dict[str, tuple[int | None, int | None]] = {"cifar10": (None, None), "bccd": (480, 1200)}
+TIMES: dict[str, tuple[int | None, int | None]] = {"cifar10": (None, None), "bccd": (240, 600)}
 
 
 # From which confidence predictions are labels
