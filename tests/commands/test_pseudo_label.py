@@ -21,6 +21,7 @@ from vissl_lite.cli import main
 from vissl_lite.commands import self_training
 from vissl_lite.commands.finetune import FinetuneOptions
 from vissl_lite.commands.pseudo_label import REPEATED, _next_command
+from vissl_lite.commands.runs import MAIN_METRICS
 from vissl_lite.commands.self_training import (
     PseudoLabels,
     check_same_reading,
@@ -93,6 +94,7 @@ def test_confident_predictions_are_written_as_labels(
     results = json.loads((pseudo_labels / "results.json").read_text())
     assert results["images"] == 33
     assert len(rows) == results["labelled_images"] == sum(results["labelled"].values()) >= 11
+    assert set(results).issuperset(MAIN_METRICS["pseudo-label"])
     assert results["trained_on_images"] == 0  # a copy is another file
     assert "excluded" not in results
     assert all(float(row["confidence"]) >= results["min_confidence"] - 1e-4 for row in rows)

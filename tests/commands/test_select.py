@@ -398,6 +398,9 @@ def test_groups_of_a_table_are_those_that_finetune_uses(
     assert run(*given, "--budget", 2, "--out", tmp_path / "run") == 0
     chosen = {int(Path(row["path"]).stem) for row in rows(tmp_path / "run" / "selected.csv")}
     assert 10 in chosen
+    lines = [f"images/{i}.png,{'xy'[i % 2]},{'abc'[i]}" for i in range(3)]  # none occurs twice
+    table.write_text("\n".join(["path,label,patient_id", *lines]) + "\n")
+    assert run(*given, "--budget", 8, "--out", tmp_path / "others") == 0
     assert len(chosen & {6, 7, 8, 9}) == 1
     assert "10 of 11 images have a group" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -473,6 +476,13 @@ def test_a_model_that_is_equally_uncertain_of_all_images_is_said(
     assert "the images are chosen at random" in said["margin"]
     assert "the images are chosen as without a model" in said["herding"]
     assert chosen["margin", 0] != chosen["margin", 1]
+    table, later = tmp_path / "labels.csv", {}
+    lines = [f"{path},cat" for path in sorted(photos.rglob("*.jpg"))[:3]]
+    table.write_text("\n".join(["path,label", *lines]) + "\n")
+    for name, words in (("with", given), ("without", given[:-2])):
+        assert run(*words, "--labelled", table, "--out", tmp_path / name) == 0
+        later[name] = [row["path"] for row in rows(tmp_path / name / "selected.csv")]
+    assert later["with"] == later["without"]
 
 
 def test_images_that_a_model_knows_and_nobody_named_are_said(

@@ -46,6 +46,27 @@ def test_images_and_categories_are_added_with_larger_ids(tmp_path: Path) -> None
         assert whole["categories"] == [{"id": 4, "name": "cell "}, {"id": 5, "name": "dot"}]
 
 
+def test_what_the_earlier_file_says_of_itself_and_its_unusual_entries_are_kept(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.png"
+    blobs(0).save(path)
+    content = {
+        "info": {"version": "2"},
+        "images": [{"id": 0, "coco_url": "a.png"}],
+        "annotations": [],
+        "categories": [{"id": 3}, {"id": 4, "name": None}, {"id": 5, "name": "x"}],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    (tmp_path / "round2").mkdir()
+    earlier = read_coco_labels(tmp_path / "labels.json")
+    write_coco_skeleton(tmp_path / "round2" / "to_label.json", [], ["3", "4", "x"], earlier)
+    whole = written(tmp_path / "round2")
+    assert whole["info"]["version"] == "2"
+    assert whole["images"] == [{"id": 0, "coco_url": "a.png", "file_name": str(path)}]
+    assert whole["categories"] == content["categories"]
+
+
 def test_only_files_in_the_format_of_coco_are_read(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text('{"images": [], "annotations": []}')
     (tmp_path / "labels.csv").write_text("path,label\n")

@@ -72,7 +72,7 @@ def guard(
         if shared.left_out and gone.issuperset(parts["test"]):
             raise UserError(
                 f"--leaks exclude leaves no test image: {found.count} are leaks, and others are of "
-                f"{shared.total} groups with images in several parts or in pre-training"
+                f"{shared.total} groups with images in several parts or in what the encoder saw"
             )
         found = replace(found, left_out=left_out, groups=shared.total)
     if any(found.left_out.values()) or any(found.broken.values()):

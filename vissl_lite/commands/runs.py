@@ -33,7 +33,7 @@ MAIN_METRICS = {
     "finetune": ("test.",),
     "demo": ("scores.fine-tuned.pre-trained", "scores."),
     "predict": ("images",),
-    "pseudo-label": ("labels",),
+    "pseudo-label": ("labelled_images",),
     "select": ("chosen",),
 }
 

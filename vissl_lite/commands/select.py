@@ -27,7 +27,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import nearest_neighbors
 from vissl_lite.inference import check_outputs
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
-from vissl_lite.report.additions import add_report, add_selection
+from vissl_lite.report.additions import SHEET, add_report, add_selection
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
@@ -121,7 +121,8 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     group_by: str | None = None
     """Regular expression on the path of an image below --data or --labelled, for --per_group.
     Images for which its first group (or, without one, all that it matches) is the same belong
-    together. Default: by the volume of slices, or the patient of DICOM files."""
+    together. Default: by a column such as patient_id of the table of --labelled, the volume of
+    slices, or the patient of DICOM files."""
     image_size: int | None = None
     """Side length of the input in pixels. Default: that of the encoder, or for random:NAME that of
     the images."""
@@ -265,12 +266,12 @@ def select(options: SelectOptions) -> SelectResult:
             known_names = [known_classes[absolute[i]] for i in learned]
             of = _groups_of_probe([prints.paths[i] for i in learned], labelled, grouping)
             uncertainty = _probe_uncertainty(features, learned, known_names, options.seed, of)
+        used = uncertainty
         if model is not None and uncertainty is not None and options.method in _BY_UNCERTAINTY:
-            _check_uncertainty(uncertainty[candidates.open], options.method)
+            same = _check_uncertainty(uncertainty[candidates.open], options.method)
+            used = None if same and options.method == "herding" else uncertainty
         method = METHODS[options.method]
-        selection = method(
-            features, options.budget, labelled_at, uncertainty, options.seed, candidates
-        )
+        selection = method(features, options.budget, labelled_at, used, options.seed, candidates)
         chosen = selection.indices
         if len(chosen) < options.budget:
             log.warning(
@@ -295,13 +296,14 @@ def select(options: SelectOptions) -> SelectResult:
         skeleton = task.write_skeleton(new, classes, run, written, earlier)
         if skeleton.name == COCO_SKELETON and options.labelled is not None:
             _say_what_it_holds(skeleton, earlier is not None, labelled.parts_given)
+        sheet = new[:SHEET]
         results: dict[str, Any] = {
             "method": options.method,
             "task": task.name,
             "chosen": len(chosen),
             "images": int(counted.sum()),
             "labelled": len(labelled_at),
-            "own_range": _own_ranges(encoder.reader, [absolute[i] for i in chosen]),
+            "sheet": {"pictures": len(sheet), "own_range": _own_ranges(encoder.reader, sheet)},
             "ruled_out": len(prints) - len(labelled_at) - open_before,
             "coverage": {
                 "selected": coverage.values[: len(chosen) + 1],
@@ -406,14 +408,15 @@ def _check_known(model_folder: Path, pool: Sequence[str], known: set[str]) -> No
         )
 
 
-def _check_uncertainty(uncertainty: np.ndarray, method: str) -> None:
-    """Warn if a model is equally uncertain of all images that may be chosen.
+def _check_uncertainty(uncertainty: np.ndarray, method: str) -> bool:
+    """Whether a model is equally uncertain of all images that may be chosen, which is warned of.
 
     Args:
         uncertainty: ``(N,)`` of these images.
         method: Name of the method.
     """
-    if len(uncertainty) > 1 and uncertainty.min() == uncertainty.max():
+    same = len(uncertainty) > 1 and bool(uncertainty.min() == uncertainty.max())
+    if same:
         log.warning(
             "--model has the same uncertainty, %(uncertainty).3f, for all %(images)d images to "
             "choose from, as a detector that finds nothing in them: the images are chosen %(how)s. "
@@ -425,6 +428,7 @@ def _check_uncertainty(uncertainty: np.ndarray, method: str) -> None:
             },
             extra={"code": "selection.same_uncertainty"},
         )
+    return same
 
 
 def _say_what_it_holds(skeleton: Path, joined: bool, parts_given: bool) -> None:
@@ -473,25 +477,27 @@ def _groups(
         of_files = {path: group for path in paths if (group := default_group(path)) is not None}
         names = {of_files[path]: group for path, group in named.items() if path in of_files}
         named = {path: names.get(group, group) for path, group in of_files.items()} | named
-    reading = ReadingLog(source=", ".join(sources), groups=named)
+        if len(named) < len(paths):
+            log.info(
+                "%d of %d images have a group, by --labelled or their files: each of the others is "
+                "a group of its own",
+                len(named),
+                len(paths),
+            )
+        return named
+    reading = ReadingLog(source=", ".join(sources))
     if options.labelled is not None:
         sources = [*sources, os.fspath(options.labelled)]
     places = [unpacked(Path(one)) for one in sources]
     found = find_groups(paths, places, options.group_by, reading)
     if found is None and options.group_by is None and not reading.groups:
         raise UserError(
-            f"--per_group {options.per_group}: the images are not of volumes or patients: give "
-            f"--group_by with a regular expression that finds the group in a path"
+            f"--per_group {options.per_group}: the images are not of volumes or patients, and "
+            f"--labelled names no groups: give --group_by with a regular expression that finds the "
+            f"group in a path"
         )
     for note in reading.notes:
         log.info(note)
-    if options.group_by is None and named and len(named) < len(paths):
-        log.info(
-            "%d of %d images have a group, by --labelled or their files: each of the others is a "
-            "group of its own",
-            len(named),
-            len(paths),
-        )
     return reading.groups
 
 

@@ -58,8 +58,8 @@ class Leaks:
     """Result of a leak check.
 
     Attributes:
-        found: Leaks, test images first. Includes validation images among the pre-training images,
-            which are harmless: pre-training often uses all images but the test part, unlabeled.
+        found: Leaks, test images first. Includes validation images that the encoder was trained on
+            without labels, which is harmless: pre-training often uses all images but the test part.
         left_out: Files to exclude, by part; empty unless the policy is ``exclude``.
         broken: Unreadable files and the reasons, by part. They are also logged.
         prints: Fingerprints of the readable images, by part.
@@ -124,7 +124,7 @@ def seen_by(encoder: str) -> Fingerprints | None:
         if (run / FINGERPRINTS).is_file():
             return Fingerprints.load(run / FINGERPRINTS)
     if not is_untrained(encoder):
-        log.debug("pre-training images of %s are unknown: no check for leaks", encoder)
+        log.debug("training images of %s are unknown: no check for leaks", encoder)
     return None
 
 
@@ -135,16 +135,16 @@ def check_leaks(
     listed: Path | None,
     progress: Callable[[int], None] | None = None,
 ) -> Leaks:
-    """Find test and validation images among the pre-training images and the training part.
+    """Find test and validation images that encoders were trained on, or in the training part.
 
     Test images are also searched for in the validation part, which selects the model.
 
     Args:
         parts: Image files of the parts ``train``, ``val`` and ``test``; each may be empty.
-        seen: Fingerprints of the pre-training images of each encoder; None if unknown.
+        seen: Fingerprints of the images that each encoder was trained on; None if unknown.
         leaks: ``warn`` logs a warning; ``error`` raises; ``exclude`` leaves out test images that
-            are in the pre-training images or the training part, and validation images that are in
-            the training or the test part.
+            an encoder was trained on or that are in the training part, and validation images that
+            are in the training or the test part.
         listed: File that will list the leaks, for messages; None if there will be none.
         progress: Called with the number of images processed since the last call.
 

@@ -117,10 +117,11 @@ class IJEPA(PretextTask):
     predictor as MAE's decoder; the authors' code rescales those of residual branches in both. This
     was not measured.
 
-    Sizes of blocks are as in the authors' code, but for three details that the paper does not have:
-    there, one random number gives both the scale and the aspect ratio of a target, no block touches
-    the last row or column, and contexts are cut to equal length at their end instead of at random
-    patches.
+    Blocks differ from those of the authors' code in details that the paper does not have: there,
+    one random number gives both the scale and the aspect ratio of a target, no block touches the
+    last row or column, and contexts are cut to equal length at their end instead of at random
+    patches. A context block may also span the whole image here, since on grids of 4 to 8 patches
+    a fifth to a third of the context would be lost otherwise.
 
     Args:
         encoder: Encoder to train; a plain ViT.
@@ -226,7 +227,7 @@ class IJEPA(PretextTask):
         scale, aspect = uniform(self.target_scale), uniform(self.target_aspect)
         size = block_size(side, scale, aspect, largest=side - 1)
         targets = place_blocks(batch, self.count, side, size, device)
-        size = block_size(side, uniform(self.context_scale), 1.0, largest=side - 1)
+        size = block_size(side, uniform(self.context_scale), 1.0, largest=side)
         context = place_blocks(batch, 1, side, size, device)[:, 0]
         return draw_context(indices_to_mask(context, side * side), targets, side)
 

@@ -95,9 +95,11 @@ def picture(run: RunFolder, name: str) -> list[Block]:
     labels = run.figures.get("labels")
     if name == "compare.png" and isinstance(labels, dict) and len(labels) == 1:
         heading, note = COMPARED_ONCE
-    own, images = run.figures.get("own_range"), run.figures.get("chosen")
-    if name == "selected.png" and isinstance(own, int) and isinstance(images, int):
-        note = f"{note} {own_range_note(own, images)}".strip()
+    sheet = run.figures.get("sheet")
+    if name == "selected.png" and isinstance(sheet, dict):
+        own, images = sheet.get("own_range"), sheet.get("pictures")
+        if isinstance(own, int) and isinstance(images, int):
+            note = f"{note} {own_range_note(own, images)}".strip()
     try:
         shown = {"source": data_uri(run.folder / name), "caption": ""}
     except BROKEN_IMAGE:

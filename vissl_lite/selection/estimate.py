@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vissl_lite.selection.candidates import Candidates
+from vissl_lite.selection.candidates import Candidates, in_order
 from vissl_lite.selection.coverage import (
     MAX_IMAGES,
     cover,
@@ -16,7 +16,6 @@ from vissl_lite.selection.coverage import (
     unit_features,
 )
 from vissl_lite.selection.herding import RADIUS
-from vissl_lite.selection.uniform import uniform
 
 # Random orders whose mean the curve of a random choice is.
 RANDOM_ORDERS = 3
@@ -87,7 +86,7 @@ def estimate_coverage(
     before = before or Candidates(len(points), labelled)
     curves = []
     for number in range(RANDOM_ORDERS):
-        one = uniform(features, len(order), labelled, None, seed + number, before.copy()).indices
+        one = _at_random(before, len(order), seed + number)
         curve = coverage_curve(shown, points[one], kernel, covered)
         curves.append(curve + curve[-1:] * (len(values) - len(curve)))
     # The first label of all covers much; the bend is looked for after it.
@@ -95,3 +94,25 @@ def estimate_coverage(
     bend = knee(values[skipped:])
     at_random_mean = np.mean(curves, axis=0).tolist()
     return CoverageEstimate(values, at_random_mean, skipped + bend if bend else 0)
+
+
+def _at_random(candidates: Candidates, budget: int, seed: int) -> np.ndarray:
+    """The choice of ``uniform``, which leaves the candidates as they are.
+
+    Args:
+        candidates: What may be chosen.
+        budget: Maximum number to choose.
+        seed: Seed of the choice.
+
+    Returns:
+        Indices of the chosen images.
+    """
+    order = np.random.default_rng(seed).permutation(len(candidates.open))
+    order = order[candidates.open[order]]
+    first = 2 * budget
+    while True:
+        some = order[:first]
+        chosen = in_order(range(len(some)), budget, candidates.among(some))
+        if len(chosen) == budget or len(some) == len(order):
+            return some[chosen]
+        first *= 4

@@ -17,7 +17,7 @@ from vissl_lite.data.text_file import csv_writer, read_bytes
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.file_tree import MASK_FOLDERS, FileTree
 from vissl_lite.transfer.sources.parts import part_of_file
-from vissl_lite.transfer.sources.shapes import parse_id
+from vissl_lite.transfer.sources.shapes import category_name, parse_id
 
 TABLE_SKELETON, COCO_SKELETON = "to_label.csv", "to_label.json"
 
@@ -82,7 +82,7 @@ def read_coco_labels(labelled: Path, annotations: Path | None = None) -> CocoCon
     tree, part = FileTree(folder), part_of_file(file.name)
     images = []
     for one in lists["images"]:
-        name = one.get("file_name")
+        name = one.get("file_name") or one.get("coco_url")
         found = tree.image(name, part) if isinstance(name, str) and name else None
         images.append(one if found is None else {**one, "file_name": os.path.abspath(found)})
     return {**content, **lists, "images": images}
@@ -111,14 +111,27 @@ def write_coco_skeleton(
         except BROKEN_IMAGE:  # it was read a moment ago, but can have gone since
             continue
         images.append({"id": number, "file_name": path, "height": height, "width": width})
-    known = {str(one.get("name")).strip() for one in categories}
+    known = {category_name(one) for one in categories}
     new = [name for name in classes if name not in known]
     numbered = enumerate(new, start=_next_id(categories))
     categories += [{"id": number, "name": name} for number, name in numbered]
-    info = {"description": "images to label, by vissl-lite select", _HASH: _hash(content)}
-    whole = {**(earlier or {}), _INFO: info, **content}
-    write_atomically(file, json.dumps(whole, indent=1) + "\n")
+    before = (earlier or {}).get(_INFO)
+    info = before if isinstance(before, dict) else {"description": "images to label, by vissl-lite"}
+    whole = {**(earlier or {}), _INFO: {**info, _HASH: _hash(content)}, **content}
+    write_atomically(file, _as_json(whole))
     return file
+
+
+def _as_json(content: CocoContent) -> str:
+    """JSON with a line for each image, annotation and category."""
+    parts = []
+    for key, value in content.items():
+        if key in _COCO_LISTS and value:
+            lines = ",\n".join(map(json.dumps, value))
+            parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def _next_id(items: Sequence[Mapping[str, Any]]) -> int:

@@ -794,7 +794,24 @@ def test_tables_that_are_not_used_are_named(tmp_path: Path) -> None:
     options = LabelOptions(label_column="label")
     ((code, text),) = load_labelled(tmp_path, options=options).reading.warnings
     assert code == "data.unused_tables"
-    assert "round2.csv, and not round1.csv" in text
+    assert "round2.csv, and not round1.csv: put all rows into one table" in text
+    (tmp_path / "round1.csv").rename(tmp_path / "train.csv")
+    ((_, text),) = load_labelled(tmp_path, options=options).reading.warnings
+    assert "train.csv, and not round2.csv: name the others after a part" in text
+
+
+def test_a_table_of_images_that_are_not_usable_has_no_labels(tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "images", {"cat": 5, "dog": 5})
+    rows = [f"images/{name}/{n}.jpg,{name}" for n in range(5) for name in ("cat", "dog")]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows[:4]]) + "\n")
+    others = [f"{row.split(',')[0]},1" for row in rows[4:]]
+    unusable = tmp_path / "not_usable.csv"
+    unusable.write_text("\n".join(["path,not_usable", *others]) + "\n")
+    data = load_labelled(tmp_path, options=LabelOptions(label_column="label"))
+    assert data.classes == ["cat", "dog"]
+    assert data.reading.warnings == []
+    with pytest.raises(UserError, match=r"not_usable\.csv names images.*give it as --exclude"):
+        load_labelled(unusable)
 
 
 def test_an_image_in_the_tables_of_two_parts_is_in_the_last(tmp_path: Path) -> None:

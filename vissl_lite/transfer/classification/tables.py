@@ -43,6 +43,9 @@ MULTI_COLUMNS = ("labels", "tags", "classes", "finding_labels")
 # a name (a column class is never divided).
 SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
 
+# Column of the table of images that a person has marked in the page of ``select``.
+NOT_USABLE = "not_usable"
+
 # Columns that other tools write for weights of images in the loss.
 WEIGHT_COLUMNS = ("weight", "weights", "sample_weight")
 
@@ -116,11 +119,11 @@ def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> Fo
         return FoundLabels([])
     used = [file for file, _, _ in found.values()]
     if unused := [file.name for file in usable if file not in used]:
+        advice = "put all rows into one table" if None in found else "name the others after a part"
         log.warn(
             "data.unused_tables",
-            f"Only the largest table of each part is used, "
-            f"{', '.join(file.name for file in used)}, and not {', '.join(unused)}: put all rows "
-            f"into one table",
+            f"One table of each part is used, {', '.join(file.name for file in used)}, and not "
+            f"{', '.join(unused)}: {advice}, or move what should not be used",
         )
     for part, (file, _, tried) in found.items():
         if part is not None:
@@ -165,6 +168,11 @@ def read_label_table(
     table = read_table(file, finder.is_image, (*LABEL_COLUMNS, *MULTI_COLUMNS, *SPLIT_COLUMNS))
     num_rows, table = len(table.rows), without_short_rows(table, log)
     _check_boxes(table, options)
+    if {name.strip().lower() for name in table.columns} == {"path", NOT_USABLE}:
+        raise UserError(
+            f"{file} names images that are not usable, and has no labels: give it as --exclude of "
+            f"select or pseudo-label"
+        )
     column = path_column(table, finder, options)
     if column is None:
         raise UserError(

@@ -1,6 +1,7 @@
 """Shapes of objects, as COCO, YOLO and LabelMe describe them: polygons and run lengths."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import cv2
@@ -149,6 +150,14 @@ def parse_id(value: Any) -> int | str | None:
     if isinstance(value, float) and math.isfinite(value):
         return str(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def category_name(category: Mapping[str, Any]) -> str:
+    """Name of a category in COCO's format; its id if it has no name."""
+    name = category.get("name")
+    if not isinstance(name, str | int | float):
+        name = parse_id(category.get("id"))
+    return str(name).strip()
 
 
 def draw_shape(mask: np.ndarray, shape: Shape, size: tuple[float, float], value: int = 1) -> None:

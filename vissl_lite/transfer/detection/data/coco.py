@@ -27,7 +27,7 @@ from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.run_lengths import runs_of_text
-from vissl_lite.transfer.sources.shapes import coco_shape, parse_id
+from vissl_lite.transfer.sources.shapes import category_name, coco_shape, parse_id
 
 
 def missing_key(content: Any) -> str | None:
@@ -124,14 +124,13 @@ def _read_categories(file: Path, listed: list[Any], repairs: ReadingLog) -> dict
         if identity is None:
             repairs.add("category without an id, left out", str(file))
             continue
-        name = one.get("name", identity)
-        if not isinstance(name, str | int | float):
+        if not isinstance(one.get("name", identity), str | int | float):
             repairs.add("category whose name is not text, named by its id", str(file))
-            name = identity
+        name = category_name(one)
         if identity in names:
             repairs.add("category with the id of another, left out", f"{file}: {name}")
             continue
-        names[identity] = str(name).strip()
+        names[identity] = name
     return names
 
 
