@@ -418,7 +418,7 @@ def test_the_probe_of_dropquery_divides_no_group(
         groups.append(values[4].tolist())
         return fit_linear(*values)
 
-    monkeypatch.setattr("vissl_lite.commands.select.fit_linear", fit)
+    monkeypatch.setattr("vissl_lite.commands.select_images.fit_linear", fit)
     given = ("--encoder", encoder, "--data", photos, "--method", "dropquery", "--budget", 2)
     assert run(*given, "--labelled", table, "--out", tmp_path / "run") == 0
     assert [sorted(one) for one in groups] == [[*"aabbccdd"]]

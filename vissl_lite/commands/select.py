@@ -2,41 +2,40 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from vissl_lite.commands.embed import encoder_for_images
-from vissl_lite.commands.excluded import read_excluded
-from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
-from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.commands.select_images import (
+    BY_UNCERTAINTY,
+    check_known,
+    check_probe_labels,
+    check_uncertainty,
+    groups_of_probe,
+    joined,
+    named_groups,
+    probe_uncertainty,
+    read_images,
+    without_excluded,
+)
+from vissl_lite.commands.select_page import MAX_PAGE_IMAGES, classes_by_path, own_ranges, write_page
 from vissl_lite.data.image_survey import ImageSettings, override
-from vissl_lite.data.images import BROKEN_IMAGE, find_images
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, report_skipped
+from vissl_lite.data.images import find_images
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.text_file import csv_writer
-from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
-from vissl_lite.evaluation.embedding import nearest
-from vissl_lite.evaluation.features import extract
-from vissl_lite.evaluation.knn import nearest_neighbors
-from vissl_lite.inference import check_outputs
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.report.additions import SHEET, add_report, add_selection
-from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
 from vissl_lite.selection.coverage import MAX_IMAGES, nearest_of, unit_features
-from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.selection.estimate import estimate_coverage
-from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import TrainedModel
-from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.dataset import KnownImages
@@ -46,21 +45,11 @@ from vissl_lite.transfer.sources.groups import default_group, find_groups, group
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.tasks import AnyTask, find_model, find_task, reading_settings
-from vissl_lite.transfer.trained_on import load_trained_on
 
 log = logging.getLogger(__name__)
 
 # Table of the chosen images in the run folder, and the page in which they are labelled.
 SELECTED, LABEL_PAGE = "selected.csv", "label.html"
-
-# Browsers are slow with larger pages: a thousand photographs take about 40 MB.
-MAX_PAGE_IMAGES = 1000
-
-# Labelled images that the page shows beside each chosen one, and other chosen ones that it knows to
-# be similar: the nearest of those labelled meanwhile are shown, too.
-NEIGHBORS, SIMILAR = 5, 10
-# Methods that use the uncertainty of a model, and how they choose where it is all the same.
-_BY_UNCERTAINTY = {"herding": "as without a model", "margin": "at random"}
 
 
 @dataclass(frozen=True)
@@ -157,23 +146,6 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
                 raise UserError(f"--{name} is for reading --labelled, which is not given")
 
 
-@dataclass(frozen=True)
-class _Images:
-    """All readable images: those to choose from, and labelled ones.
-
-    Attributes:
-        prints: Fingerprints, with the paths.
-        excluded: Fingerprints of the images that --exclude names.
-        features: ``(N, D)``.
-        uncertainty: ``(N,)`` of the model; None without one.
-    """
-
-    prints: Fingerprints
-    excluded: Fingerprints
-    features: np.ndarray
-    uncertainty: np.ndarray | None
-
-
 @command(SelectOptions)
 def select(options: SelectOptions) -> SelectResult:
     """Choose which images of a folder to label, by the features of an encoder.
@@ -210,14 +182,14 @@ def select(options: SelectOptions) -> SelectResult:
             f"--overwrite would delete: move it elsewhere, or give another --out"
         )
     task, model, temperature = _find_task(options)
-    pool, excluded = _without(find_images(sources), path_list(options.exclude or []))
+    pool, excluded = without_excluded(find_images(sources), path_list(options.exclude or []))
     labelled = _read_labels(options, task, model)
     if options.method == "dropquery" and options.labelled is not None:
-        _check_probe_labels(labelled.labels)
+        check_probe_labels(labelled.labels)
     # of the model first, as its annotations are numbered
     known_to_model = [] if model is None else model.classes
     classes = list(dict.fromkeys([*known_to_model, *labelled.classes]))
-    paths = _joined(pool, labelled.paths)
+    paths = joined(pool, labelled.paths)
     known = set(map(os.path.abspath, labelled.paths))
     grouping = _groups(paths, options, labelled)
     earlier = None
@@ -226,9 +198,9 @@ def select(options: SelectOptions) -> SelectResult:
         earlier = read_coco_labels(Path(options.labelled), place)
     _check_budget(options, paths, known, grouping)
     if model_folder is not None:
-        _check_known(model_folder, pool, known)
+        check_known(model_folder, pool, known)
     encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
-    if model is not None and options.method not in _BY_UNCERTAINTY:
+    if model is not None and options.method not in BY_UNCERTAINTY:
         log.warning(
             "--method %(method)s does not use the uncertainty of --model, which is only written to "
             "%(table)s: herding and margin use it",
@@ -238,7 +210,7 @@ def select(options: SelectOptions) -> SelectResult:
     if model is not None:
         model.encoder.reader = override(model.encoder.reader, paths, options)
     with open_run(out, "select", config) as run:
-        images = _read_images(paths, excluded, encoder, task, model, temperature)
+        images = read_images(paths, excluded, encoder, task, model, temperature)
         prints, features, uncertainty = images.prints, images.features, images.uncertainty
         absolute = [os.path.abspath(path) for path in prints.paths]
         has_label = np.array([path in known for path in absolute])
@@ -261,14 +233,14 @@ def select(options: SelectOptions) -> SelectResult:
                 MAX_IMAGES,
             )
         if options.method == "dropquery" and options.labelled is not None:
-            known_classes = _classes_by_path(labelled)
+            known_classes = classes_by_path(labelled)
             learned = np.array([i for i in labelled_at if absolute[i] in known_classes])
             known_names = [known_classes[absolute[i]] for i in learned]
-            of = _groups_of_probe([prints.paths[i] for i in learned], labelled, grouping)
-            uncertainty = _probe_uncertainty(features, learned, known_names, options.seed, of)
+            of = groups_of_probe([prints.paths[i] for i in learned], labelled, grouping)
+            uncertainty = probe_uncertainty(features, learned, known_names, options.seed, of)
         used = uncertainty
-        if model is not None and uncertainty is not None and options.method in _BY_UNCERTAINTY:
-            same = _check_uncertainty(uncertainty[candidates.open], options.method)
+        if model is not None and uncertainty is not None and options.method in BY_UNCERTAINTY:
+            same = check_uncertainty(uncertainty[candidates.open], options.method)
             used = None if same and options.method == "herding" else uncertainty
         method = METHODS[options.method]
         selection = method(features, options.budget, labelled_at, used, options.seed, candidates)
@@ -303,7 +275,7 @@ def select(options: SelectOptions) -> SelectResult:
             "chosen": len(chosen),
             "images": int(counted.sum()),
             "labelled": len(labelled_at),
-            "sheet": {"pictures": len(sheet), "own_range": _own_ranges(encoder.reader, sheet)},
+            "sheet": {"pictures": len(sheet), "own_range": own_ranges(encoder.reader, sheet)},
             "ruled_out": len(prints) - len(labelled_at) - open_before,
             "coverage": {
                 "selected": coverage.values[: len(chosen) + 1],
@@ -325,7 +297,7 @@ def select(options: SelectOptions) -> SelectResult:
                 extra={"code": "selection.large_page"},
             )  # fmt: skip
         if page:
-            _write_page(
+            write_page(
                 run / LABEL_PAGE,
                 absolute,
                 features,
@@ -389,48 +361,6 @@ def _read_labels(options: SelectOptions, task: AnyTask, model: TrainedModel | No
     return found if one_class else replace(found, labels=None)
 
 
-def _check_known(model_folder: Path, pool: Sequence[str], known: set[str]) -> None:
-    """Warn of images that a model was trained on and that --labelled does not name.
-
-    Args:
-        model_folder: Folder of the model.
-        pool: Images to choose from.
-        known: Absolute paths of the labelled images.
-    """
-    trained_on = set(load_trained_on(model_folder) or [])
-    unnamed = trained_on.intersection(map(os.path.abspath, pool)) - known
-    if unnamed:
-        log.warning(
-            "%(images)d images of --data are among those that --model was trained on, and count as "
-            "not labelled: give what is labelled as --labelled",
-            {"images": len(unnamed)},
-            extra={"code": "selection.labelled_unknown"},
-        )
-
-
-def _check_uncertainty(uncertainty: np.ndarray, method: str) -> bool:
-    """Whether a model is equally uncertain of all images that may be chosen, which is warned of.
-
-    Args:
-        uncertainty: ``(N,)`` of these images.
-        method: Name of the method.
-    """
-    same = len(uncertainty) > 1 and bool(uncertainty.min() == uncertainty.max())
-    if same:
-        log.warning(
-            "--model has the same uncertainty, %(uncertainty).3f, for all %(images)d images to "
-            "choose from, as a detector that finds nothing in them: the images are chosen %(how)s. "
-            "Train the model on more labels, or for longer",
-            {
-                "uncertainty": float(uncertainty[0]),
-                "images": len(uncertainty),
-                "how": _BY_UNCERTAINTY[method],
-            },
-            extra={"code": "selection.same_uncertainty"},
-        )
-    return same
-
-
 def _say_what_it_holds(skeleton: Path, joined: bool, parts_given: bool) -> None:
     """Log whether a file to label holds the labels so far.
 
@@ -446,18 +376,6 @@ def _say_what_it_holds(skeleton: Path, joined: bool, parts_given: bool) -> None:
     log.info("%s has the new images only, since --labelled %s", skeleton.name, why)
 
 
-def _without(pool: list[str], tables: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The images that no table names, and the absolute paths of those that one names."""
-    excluded = read_excluded(tables, pool)
-    return [path for path in pool if os.path.abspath(path) not in excluded], sorted(excluded)
-
-
-def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
-    """All images; of one that is in both, the path in the pool."""
-    by_place = {os.path.abspath(path): path for path in (*labelled, *pool)}
-    return list(by_place.values())
-
-
 def _groups(
     paths: Sequence[str], options: SelectOptions, labelled: KnownImages
 ) -> dict[str, str] | None:
@@ -471,7 +389,7 @@ def _groups(
     if options.per_group is None:
         return None
     sources = path_list(options.data)
-    named = _named_groups(paths, labelled)
+    named = named_groups(paths, labelled)
     if named and options.group_by is None:
         # other slices of a volume, which the table need not have, are of the same group
         of_files = {path: group for path in paths if (group := default_group(path)) is not None}
@@ -501,32 +419,6 @@ def _groups(
     return reading.groups
 
 
-def _named_groups(paths: Sequence[str], labelled: KnownImages) -> dict[str, str]:
-    """The groups by path of those images that have one in the source of the labels."""
-    known = {os.path.abspath(path): group for path, group in labelled.groups.items()}
-    return {path: known[place] for path in paths if (place := os.path.abspath(path)) in known}
-
-
-def _groups_of_probe(
-    paths: Sequence[str], labelled: KnownImages, grouping: dict[str, str] | None
-) -> np.ndarray | None:
-    """Groups of the labelled images, as ``finetune`` finds them: no fold of a probe divides one.
-
-    Args:
-        paths: L labelled images.
-        labelled: Labelled images, with the groups that their source names.
-        grouping: Groups for --per_group, if it was given.
-
-    Returns:
-        ``(L,)`` str; None if all images are apart.
-    """
-    if grouping is None:
-        reading = ReadingLog(source="", groups=_named_groups(paths, labelled))
-        find_groups(paths, [], None, reading)
-        grouping = reading.groups
-    return group_names(paths, grouping)
-
-
 def _check_budget(
     options: SelectOptions, paths: Sequence[str], known: set[str], grouping: dict[str, str] | None
 ) -> None:
@@ -549,168 +441,12 @@ def _check_budget(
         )
 
 
-def _read_images(
-    paths: Sequence[str],
-    excluded: Sequence[str],
-    encoder: Encoder,
-    task: AnyTask,
-    model: TrainedModel | None,
-    temperature: float,
-) -> _Images:
-    """Fingerprints, features and uncertainty of all images that can be read.
-
-    Args:
-        paths: Images to choose from, and labelled ones.
-        excluded: Images that are not to be chosen; some may be gone or broken.
-        encoder: Encoder of the features.
-        task: Task of the labels.
-        model: Model of the uncertainty; None for none.
-        temperature: Temperature of its logits.
-
-    Raises:
-        UserError: No image can be read.
-    """
-    with progress_bar() as bar:
-
-        def advance(name: str, total: int) -> Any:
-            return partial(bar.advance, bar.add_task(name, total=total, info=""))
-
-        prints, broken = read_fingerprints(paths, advance("near-duplicates", len(paths)))
-        report_skipped(broken)
-        ruled_out, _ = read_fingerprints(excluded)
-        if len(prints) == 0:
-            raise UserError(
-                f"none of {len(paths)} images can be read, the first {broken[0].path} "
-                f"({broken[0].why})"
-            )
-        layers, good = extract(encoder, prints.paths, False, advance("features", len(prints)))
-        features = layers["last"]
-        check_outputs([features], f"some of the {len(features)} images")
-        prints = prints.take(np.flatnonzero(good))
-        if model is None:
-            return _Images(prints, ruled_out, features, None)
-        uncertainty, good = task.uncertainty(
-            model, temperature, prints.paths, advance("uncertainty", len(prints))
-        )
-        prints = prints.take(np.flatnonzero(good))
-        return _Images(prints, ruled_out, features[good], uncertainty)
-
-
-def _check_probe_labels(names: list[str] | None) -> None:
-    """Raise a UserError if no linear probe can be fitted to these classes of images."""
-    if names is None:
-        raise UserError("--method dropquery needs --labelled with one class for each image")
-    if len(set(names)) < 2:
-        raise UserError(
-            f"--method dropquery needs readable images of at least two classes in --labelled, "
-            f"which has {len(set(names))}: label more, or choose with --method herding"
-        )
-
-
-def _probe_uncertainty(
-    features: np.ndarray,
-    labelled: np.ndarray,
-    names: list[str],
-    seed: int,
-    groups: np.ndarray | None,
-) -> np.ndarray:
-    """Share of dropout masks that change the class by a linear probe, for DropQuery.
-
-    Args:
-        features: ``(N, D)`` of all images.
-        labelled: ``(L,)`` indices of the labelled images.
-        names: L names of their classes.
-        seed: Seed of the folds and masks.
-        groups: ``(L,)`` groups of the labelled images, which no fold divides; None without any.
-
-    Raises:
-        UserError: The labelled images that can be read are of fewer than two classes.
-    """
-    _check_probe_labels(names)
-    classes, numbers = np.unique(names, return_inverse=True)
-    head, _ = fit_linear(features[labelled], numbers, len(classes), seed, groups)
-    return changed_by_dropout(head.logits, features, seed)
-
-
-def _classes_by_path(labelled: KnownImages) -> dict[str, str]:
-    """Class of each labelled image that is not for testing, by absolute path."""
-    pairs = zip(labelled.paths, labelled.labels or (), strict=labelled.labels is not None)
-    return {os.path.abspath(path): name for path, name in pairs if path not in labelled.test}
-
-
 def _covers(
     features: np.ndarray, labelled: np.ndarray, chosen: np.ndarray, counted: np.ndarray
 ) -> np.ndarray:
     """Number of images to which each chosen one is nearer than any other chosen or labelled one."""
     nearest = nearest_of(unit_features(features), np.concatenate([chosen, labelled]))
     return np.bincount(nearest[counted], minlength=len(chosen) + len(labelled))[: len(chosen)]
-
-
-def _write_page(
-    file: Path,
-    paths: Sequence[str],
-    features: np.ndarray,
-    chosen: np.ndarray,
-    labelled: KnownImages,
-    labelled_at: np.ndarray,
-    classes: Sequence[str],
-    groups: Mapping[str, str] | None,
-    reader: ImageReader,
-) -> None:
-    """Write the page in which a person labels the chosen images.
-
-    Args:
-        file: HTML file to write.
-        paths: Absolute paths of all images.
-        features: ``(N, D)`` of all images.
-        chosen: Indices of the chosen images.
-        labelled: Labelled images, of one class each.
-        labelled_at: Indices of those that can be read.
-        classes: Names of the classes.
-        groups: Groups of all images by an expression; None without one.
-        reader: How the images are read.
-    """
-    class_of = _classes_by_path(labelled)
-    labelled_at = np.array([i for i in labelled_at if paths[i] in class_of], dtype=int)
-    neighbors: list[list[LabelledNeighbor]] = [[] for _ in chosen]
-    if len(labelled_at):
-        found = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
-        neighbors = [
-            [
-                LabelledNeighbor(paths[i], class_of[paths[i]], similarity)
-                for i, similarity in zip(labelled_at[near], similarities.tolist(), strict=True)
-            ]
-            for near, similarities in zip(*found, strict=True)
-        ]
-    similar = [
-        [(paths[i], one) for i, one in zip(chosen[near], similarities.tolist(), strict=True)]
-        for near, similarities in zip(*nearest(features[chosen], SIMILAR), strict=True)
-    ]
-    images = [
-        LabelImage(paths[index], near, others)
-        for index, near, others in zip(chosen, neighbors, similar, strict=True)
-    ]
-    # A table with all labels would mix training and test images that are kept apart, and has the
-    # groups of a column for some images alone.
-    separate = labelled.parts_given or (bool(labelled.groups) and groups is None)
-    before = [] if separate else [*class_of.items()]
-    if separate and class_of:
-        log.info(
-            "The table that %s saves has the new labels only, since the known ones have %s",
-            file.name,
-            "a validation or test part" if labelled.parts_given else "groups",
-        )
-    title = f"{len(images)} images to label"
-    write_label_page(file, images, classes, title, before, groups, reader)
-
-
-def _own_ranges(reader: ImageReader, paths: Sequence[str]) -> int:
-    """Number of images whose pictures have a range of values of their own."""
-    count = 0
-    for path in paths:
-        with suppress(*BROKEN_IMAGE):  # it was read a moment ago, but can have gone since
-            count += reader.has_own_range(path)
-    return count
 
 
 def _write_table(
