@@ -126,6 +126,8 @@ def test_commands_of_readme_are_those_that_there_are() -> None:
         "pretrain_data",
         "pretrain_options",
         "pretrain_setup",
+        "select_images",
+        "select_page",
         "self_training",
     }
 
