@@ -11,15 +11,15 @@ from vissl_lite.transfer.sources.tables import read_table
 log = logging.getLogger(__name__)
 
 
-def read_excluded(tables: Sequence[str], pool: Sequence[str]) -> set[str]:
-    """Read the paths that tables name; a warning is logged if some are not among the images.
+def without_excluded(pool: Sequence[str], tables: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Leave out images that tables name; a warning is logged if some are not among the images.
 
     Args:
-        tables: Tables (.csv) with a column ``path``, relative to the table or absolute.
         pool: Images of ``--data``.
+        tables: Tables (.csv) with a column ``path``, relative to the table or absolute.
 
     Returns:
-        Absolute paths.
+        The other images, and the absolute paths of those that the tables name.
 
     Raises:
         UserError: A table can't be read, or has no column ``path``.
@@ -41,4 +41,4 @@ def read_excluded(tables: Sequence[str], pool: Sequence[str]) -> set[str]:
             {"missing": missing, "excluded": len(excluded)},
             extra={"code": "selection.not_excluded"},
         )
-    return excluded
+    return [path for path in pool if os.path.abspath(path) not in excluded], sorted(excluded)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vissl_lite.commands.excluded import read_excluded
+from vissl_lite.commands.excluded import without_excluded
 from vissl_lite.data.fingerprints import find_matches, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
@@ -199,13 +199,12 @@ def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
     Raises:
         UserError: A table can't be read, or no image is left.
     """
-    excluded = read_excluded(tables, pool)
-    usable = [path for path in pool if os.path.abspath(path) not in excluded]
+    usable, excluded = without_excluded(pool, tables)
     with progress_bar() as bar:
         shown = bar.add_task("near-duplicates", total=len(usable) + len(excluded), info="")
         # Those that can't be read are reported when they are predicted; of excluded ones that is a
         # usual reason.
-        unusable, _ = read_fingerprints(sorted(excluded), partial(bar.advance, shown))
+        unusable, _ = read_fingerprints(excluded, partial(bar.advance, shown))
         prints, _ = read_fingerprints(usable, partial(bar.advance, shown))
     copies = {match.path for match in find_matches(prints, unusable)}
     kept = [path for path in usable if path not in copies]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vissl_lite.commands.embed import encoder_for_images
+from vissl_lite.commands.excluded import without_excluded
 from vissl_lite.commands.select_images import (
     BY_UNCERTAINTY,
     check_known,
@@ -20,7 +21,6 @@ from vissl_lite.commands.select_images import (
     named_groups,
     probe_uncertainty,
     read_images,
-    without_excluded,
 )
 from vissl_lite.commands.select_page import MAX_PAGE_IMAGES, classes_by_path, own_ranges, write_page
 from vissl_lite.data.image_survey import ImageSettings, override

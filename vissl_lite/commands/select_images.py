@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.commands.excluded import read_excluded
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.data.reading import report_skipped
 from vissl_lite.encoders.encoder import Encoder
@@ -90,12 +89,6 @@ def check_uncertainty(uncertainty: np.ndarray, method: str) -> bool:
             extra={"code": "selection.same_uncertainty"},
         )
     return same
-
-
-def without_excluded(pool: list[str], tables: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The images that no table names, and the absolute paths of those that one names."""
-    excluded = read_excluded(tables, pool)
-    return [path for path in pool if os.path.abspath(path) not in excluded], sorted(excluded)
 
 
 def joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:

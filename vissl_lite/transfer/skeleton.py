@@ -17,7 +17,7 @@ from vissl_lite.data.text_file import csv_writer, read_bytes
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.file_tree import MASK_FOLDERS, FileTree
 from vissl_lite.transfer.sources.parts import part_of_file
-from vissl_lite.transfer.sources.shapes import category_name, parse_id
+from vissl_lite.transfer.sources.shapes import COCO_LISTS, category_name, missing_key, parse_id
 
 TABLE_SKELETON, COCO_SKELETON = "to_label.csv", "to_label.json"
 
@@ -25,8 +25,6 @@ TABLE_HEADERS = (["path", "label"], ["path", "label", "group"])
 
 # A file in COCO's format: lists of images, annotations and categories, and perhaps other keys.
 CocoContent: TypeAlias = Mapping[str, Any]
-
-_COCO_LISTS = ("images", "annotations", "categories")
 
 # The key of COCO's format for notes, and in it a hash that tells whether labels were added.
 _INFO, _HASH = "info", "sha256"
@@ -69,11 +67,9 @@ def read_coco_labels(labelled: Path, annotations: Path | None = None) -> CocoCon
     if file.suffix.lower() != ".json" or not file.is_file():
         return None
     content = read_json(file)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in _COCO_LISTS
-    ):
+    if missing_key(content) is not None:
         return None
-    lists = {key: [one for one in content[key] if isinstance(one, dict)] for key in _COCO_LISTS}
+    lists = {key: [one for one in content[key] if isinstance(one, dict)] for key in COCO_LISTS}
     folder = file.parent
     if annotations is not None:
         folder = labelled
@@ -103,7 +99,7 @@ def write_coco_skeleton(
         earlier: Images with annotations, which the file begins with, and their categories, from
             ``read_coco_labels``. Images and categories are added to them, with larger ids.
     """
-    content = {key: list((earlier or {}).get(key, ())) for key in _COCO_LISTS}
+    content = {key: list((earlier or {}).get(key, ())) for key in COCO_LISTS}
     images, categories = content["images"], content["categories"]
     for number, path in enumerate(paths, start=_next_id(images)):
         try:
@@ -126,7 +122,7 @@ def _as_json(content: CocoContent) -> str:
     """JSON with a line for each image, annotation and category."""
     parts = []
     for key, value in content.items():
-        if key in _COCO_LISTS and value:
+        if key in COCO_LISTS and value:
             lines = ",\n".join(map(json.dumps, value))
             parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
         else:
@@ -142,7 +138,7 @@ def _next_id(items: Sequence[Mapping[str, Any]]) -> int:
 
 def _hash(content: CocoContent) -> str:
     """Hash of images, annotations and categories, however they are formatted."""
-    text = json.dumps([content[key] for key in _COCO_LISTS], sort_keys=True)
+    text = json.dumps([content[key] for key in COCO_LISTS], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -173,8 +169,6 @@ def _is_unchanged_coco(file: Path) -> bool:
         content = read_json(file)
     except UserError:
         return False
-    if not isinstance(content, dict) or not isinstance(content.get(_INFO), dict):
-        return False
-    if not all(key in content for key in _COCO_LISTS):
+    if missing_key(content) is not None or not isinstance(content.get(_INFO), dict):
         return False
     return bool(content[_INFO].get(_HASH) == _hash(content))

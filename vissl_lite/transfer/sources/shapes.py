@@ -10,6 +10,9 @@ import numpy as np
 from vissl_lite.data.reading import max_pixels
 from vissl_lite.transfer.sources.run_lengths import mask_of_runs, runs_of_text, text_of_runs
 
+# Lists that a file in COCO's format has.
+COCO_LISTS = ("images", "annotations", "categories")
+
 # Binary places of a coordinate that is rasterized.
 _SHIFT = 4
 
@@ -150,6 +153,14 @@ def parse_id(value: Any) -> int | str | None:
     if isinstance(value, float) and math.isfinite(value):
         return str(value)
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def missing_key(content: Any) -> str | None:
+    """Return the first key of COCO's format that the content of a JSON file lacks, or None."""
+    for key in COCO_LISTS:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            return key
+    return None
 
 
 def category_name(category: Mapping[str, Any]) -> str:

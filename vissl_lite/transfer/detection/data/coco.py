@@ -27,15 +27,7 @@ from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.run_lengths import runs_of_text
-from vissl_lite.transfer.sources.shapes import category_name, coco_shape, parse_id
-
-
-def missing_key(content: Any) -> str | None:
-    """Return the first key of COCO's format that the content of a JSON file lacks, or None."""
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            return key
-    return None
+from vissl_lite.transfer.sources.shapes import category_name, coco_shape, missing_key, parse_id
 
 
 def read_coco(

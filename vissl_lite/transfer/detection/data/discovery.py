@@ -18,7 +18,7 @@ from vissl_lite.transfer.detection.data.box_tables import (
     find_box_table,
     read_box_tables,
 )
-from vissl_lite.transfer.detection.data.coco import missing_key, read_coco
+from vissl_lite.transfer.detection.data.coco import read_coco
 from vissl_lite.transfer.detection.data.cvat import read_cvat
 from vissl_lite.transfer.detection.data.labelme import (
     MAX_LABELME_BYTES,
@@ -43,6 +43,7 @@ from vissl_lite.transfer.sources.parts import (
     part_of_path,
 )
 from vissl_lite.transfer.sources.reading_log import ReadingLog, count_endings
+from vissl_lite.transfer.sources.shapes import missing_key
 from vissl_lite.transfer.sources.tables import TABLES
 from vissl_lite.transfer.sources.voc_lists import listed_images
 from vissl_lite.transfer.sources.yolo import data_yaml
