@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--minutes", type=float, default=1.5)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     alone = [name for name, made in PRETEXTS.items() if not made.info.encoders]
     parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *alone])

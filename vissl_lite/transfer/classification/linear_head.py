@@ -4,18 +4,22 @@ They are logistic regressions: multinomial where each image has one class, one f
 an image may have several.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit, logsumexp
+from scipy.special import expit
 
 from vissl_lite.transfer.sources.parts import fold_numbers, rarest_classes
 
 # Candidates for the L2 penalty on the mean loss, from strong to weak.
 PENALTIES = tuple(10.0**power for power in (0, -0.5, -1, -1.5, -2, -2.5, -3, -4, -5))
+
+# So many in a row that are worse than the best end the search: weak ones take most of its time.
+MAX_WORSE = 2
 
 # Where each class has one image, so that none can be held out.
 DEFAULT_PENALTY = 0.01
@@ -137,7 +141,8 @@ def choose_penalty(
 ) -> ChosenPenalty:
     """Choose the penalty with the smallest loss on the held-out images of all folds.
 
-    The loss differs between penalties also where the accuracies on few images are equal.
+    The loss differs between penalties also where the accuracies on few images are equal. Penalties
+    are tried from strong to weak until two in a row are worse than the best.
 
     Args:
         features: ``(N, D)``.
@@ -145,19 +150,23 @@ def choose_penalty(
         classes: Number of classes K.
         folds: Indices of images to fit to, and of images to score on.
     """
-    loss, accuracy = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
-    for inside, outside in folds:
-        regression = _Regression(features[inside], labels[inside], classes)
-        for number, penalty in enumerate(PENALTIES):  # each solution is a start close to the next
-            logits = regression.fit(penalty).logits(features[outside])
-            losses, correct = _losses(logits, labels[outside])
-            loss[number] += losses.sum()
-            accuracy[number] += correct.sum()
     held_out = sum(len(outside) for _, outside in folds)
-    best = int(loss.argmin())
-    return ChosenPenalty(
-        PENALTIES[best], float(loss[best] / held_out), float(accuracy[best] / held_out)
-    )
+    regressions = [_Regression(features[inside], labels[inside], classes) for inside, _ in folds]
+    best, worse = ChosenPenalty(PENALTIES[0], math.inf, 0.0), 0
+    for penalty in PENALTIES:  # each solution is a start close to the next
+        loss = accuracy = 0.0
+        for regression, (_, outside) in zip(regressions, folds, strict=True):
+            logits = regression.fit(penalty).logits(features[outside])
+            losses, correct = _scores(logits, labels[outside])
+            loss += float(losses.sum()) / held_out
+            accuracy += float(correct.sum()) / held_out
+        if loss < best.loss:
+            best, worse = ChosenPenalty(penalty, loss, accuracy), 0
+            continue
+        worse += 1
+        if worse == MAX_WORSE:
+            break
+    return best
 
 
 class _Regression:
@@ -190,17 +199,13 @@ class _Regression:
         shape = self.solution.shape
 
         def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            both = flat.reshape(shape)
-            weight = both[:, :-1]
-            logits = self.x @ weight.T.astype(np.float32) + both[:, -1]
-            losses, _ = _losses(logits, self.labels)
-            slope = (_probabilities(logits, self.labels) - _targets(self.labels, shape[0])) / len(
-                self.x
+            weight, bias = np.split(flat.reshape(shape), [-1], axis=1)
+            logits = (weight.astype(np.float32) @ self.x.T) + bias.astype(np.float32)
+            loss, slope = _loss_and_slope(logits, self.labels)
+            gradient = np.concatenate(
+                [slope @ self.x + penalty * weight, slope.sum(axis=1, keepdims=True)], axis=1
             )
-            gradient = np.empty(shape)
-            gradient[:, :-1] = slope.T.astype(np.float32) @ self.x + penalty * weight
-            gradient[:, -1] = slope.sum(axis=0)
-            return float(losses.mean() + penalty / 2 * np.square(weight).sum()), gradient.ravel()
+            return loss + float(penalty / 2 * np.square(weight).sum()), gradient.ravel()
 
         found = minimize(
             objective,
@@ -217,21 +222,38 @@ class _Regression:
         return LinearHead(weight.astype(np.float32), (bias - weight @ self.mean).astype(np.float32))
 
 
-def _losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _loss_and_slope(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean loss of an image, and its ``(K, N)`` gradient with respect to the logits.
+
+    Args:
+        logits: ``(K, N)``: NumPy reduces over few classes several times faster in this layout.
+        labels: ``(N,)`` or ``(N, K)``.
+    """
+    if labels.ndim == 1:
+        losses, slope = _cross_entropy(logits, labels)
+        slope[labels, np.arange(len(labels))] -= 1
+    else:
+        losses, slope = _binary_cross_entropy(logits, labels.T), expit(logits) - labels.T
+    return float(losses.mean(dtype=np.float64)), (slope / len(labels)).astype(np.float32)
+
+
+def _scores(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Loss of each image, summed over labels, and the share of it that is correct; ``(N,)``."""
     if labels.ndim == 1:
-        rows = np.arange(len(labels))
-        losses = logsumexp(logits, axis=1) - logits[rows, labels]
+        losses, _ = _cross_entropy(logits.T, labels)
         return losses, (logits.argmax(axis=1) == labels).astype(float)
-    losses = (np.logaddexp(0, logits) - labels * logits).sum(axis=1)
+    losses = _binary_cross_entropy(logits.T, labels.T)
     return losses, ((logits > 0) == (labels > 0)).mean(axis=1)
 
 
-def _probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    if labels.ndim == 2:
-        return np.asarray(expit(logits))
-    return np.asarray(np.exp(logits - logsumexp(logits, axis=1, keepdims=True)))
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(N,)`` cross-entropy and ``(K, N)`` probabilities of ``(K, N)`` logits."""
+    shifted = logits - logits.max(axis=0)
+    exponentials = np.exp(shifted)
+    totals = exponentials.sum(axis=0)
+    return np.log(totals) - shifted[labels, np.arange(len(labels))], exponentials / totals
 
 
-def _targets(labels: np.ndarray, classes: int) -> np.ndarray:
-    return labels if labels.ndim == 2 else np.eye(classes)[labels]
+def _binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """``(N,)`` binary cross-entropies, summed over labels, of ``(K, N)`` logits and labels."""
+    return np.asarray((np.logaddexp(0, logits) - labels * logits).sum(axis=0))
