@@ -1,3 +1,6 @@
+import math
+import random
+
 import pytest
 import torch
 
@@ -69,6 +72,41 @@ def test_context_never_overlaps_targets_and_keeps_a_patch(side: int) -> None:
             assert len(set(seen)) == len(seen)
             assert not set(seen) & set(blocks)
             assert all(0 <= place < side * side for place in seen + blocks)
+
+
+def literal_blocks(side: int) -> tuple[set[int], list[set[int]]]:
+    """Section 3 for one image: a context block without what four target blocks cover."""
+
+    def block(scale: tuple[float, float], aspect: tuple[float, float]) -> set[int]:
+        area, ratio = random.uniform(*scale) * side**2, random.uniform(*aspect)
+        height = min(round(math.sqrt(area * ratio)), side)
+        width = min(round(math.sqrt(area / ratio)), side)
+        top, left = random.randint(0, side - height), random.randint(0, side - width)
+        return {(top + y) * side + left + x for y in range(height) for x in range(width)}
+
+    blocks = [block((0.15, 0.2), (0.75, 1.5)) for _ in range(4)]
+    return block((0.85, 1.0), (1.0, 1.0)).difference(*blocks), blocks
+
+
+def test_blocks_are_distributed_as_in_the_paper() -> None:
+    """Sizes, and how often each patch is context and target, on the grid of ViT-L/16 at 224."""
+    task, images = ijepa(), 3000
+    task.side = side = 14
+    random.seed(0)
+    seen, covered = torch.zeros(2, side * side), torch.zeros(2, side * side)
+    for _ in range(images):
+        context, targets = task.draw_blocks(1, CPU)  # of several, contexts are cut to one length
+        seen[0, context[0]] += 1
+        covered[0] += targets[0].flatten().bincount(minlength=side * side)
+        expected, blocks = literal_blocks(side)
+        seen[1, list(expected)] += 1
+        for block in blocks:
+            covered[1, list(block)] += 1
+    seen, covered = seen / images, covered / images
+    assert seen[0].mean() == pytest.approx(float(seen[1].mean()), rel=0.02)
+    assert covered[0].mean() == pytest.approx(float(covered[1].mean()), rel=0.02)
+    assert (seen[0] - seen[1]).abs().max() < 0.06
+    assert (covered[0] - covered[1]).abs().max() < 0.1
 
 
 def test_targets_that_cover_everything_give_way_to_the_context() -> None:
