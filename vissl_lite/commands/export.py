@@ -88,9 +88,9 @@ def export(options: ExportOptions) -> ExportResult:
     An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, or bands in the units of the files,
     (B, C, H, W) float32, with NaN for missing data, and normalizes them itself. Encoders return
     features, classifiers and segmenters probabilities. Detectors return boxes (x1, y1, x2, y2 in
-    pixels), scores and labels, best first, 100 per image, padded with zeros; mask_rcnn also masks,
-    (B, 100, 28, 28): the probability that each of 28 x 28 equal cells of the box is inside the
-    object.
+    pixels), scores and labels, best first, padded with zeros to N per image: 100, or up to 1,000
+    where training images had more than 50 boxes. mask_rcnn also returns masks, (B, N, 28, 28): the
+    probability that each of 28 x 28 equal cells of the box is inside the object.
 
     Returns:
         What was written, and how far its outputs differ from torch's.

@@ -309,6 +309,17 @@ def test_each_image_has_its_part_in_the_mean_precision(
     assert scores.per_image == pytest.approx([3 * value - 2 * one for one in without])
 
 
+@pytest.mark.parametrize(("most", "precision"), [(100, 2 / 3), (200, 1.0)])
+def test_every_box_that_is_returned_counts(most: int, precision: float) -> None:
+    """150 objects, all of them found: more than COCO's metrics have of an image."""
+    corners = np.array([(x, y) for x in range(15) for y in range(10)], np.float32) * 10
+    boxes, labels = np.concatenate([corners, corners + 8], axis=1), np.zeros(150, np.int64)
+    crowd = BoxedImage("crowd.png", (100, 150), boxes, labels, np.zeros(150, bool))
+    found = Detections(boxes, np.linspace(0.9, 0.5, 150, dtype=np.float32), labels)
+    by_class, _ = average_precision(coco_evaluation([found], [crowd], 1, "bbox", most))
+    assert by_class[0] == pytest.approx(precision, abs=0.01)
+
+
 def test_objects_without_a_shape_and_ignored_ones_do_not_count() -> None:
     images = truth()
     found = answers(images, 0.6)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vissl_lite.transfer.detection.model import (
     Detections,
     Detector,
     choose_canvas,
+    choose_max_boxes,
     detect,
     detect_in_batches,
     fit_into,
@@ -122,17 +124,25 @@ def test_regions_are_pooled_at_the_stride_of_a_vit_of_14_pixels() -> None:
     assert detector.net.roi_heads.box_roi_pool.scales == [1 / 7, 1 / 14, 1 / 28]
 
 
-def test_the_anchors_are_saved(tmp_path: Path) -> None:
+def test_the_anchors_and_the_number_of_boxes_are_saved(tmp_path: Path) -> None:
     encoder = build_encoder("test_resnet", 64)
-    detector = Detector(encoder, ["a"], "faster_rcnn", (64, 64), anchor_scale=2.5)
+    detector = Detector(encoder, ["a"], "faster_rcnn", (64, 64), anchor_scale=2.5, max_boxes=150)
     save_detector(detector, tmp_path, {})
     loaded = load_detector(tmp_path)
     sizes = ((10,), (20,), (40,), (80,), (160,))
     assert loaded.net.rpn.anchor_generator.sizes == sizes
+    assert loaded.max_boxes == loaded.net.roi_heads.detections_per_img == 150
     head = tmp_path / "head.json"
     head.write_text(head.read_text().replace('"anchor_scale": 2.5', '"anchor_scale": 1e9'))
     with pytest.raises(UserError, match="anchor_scale is not a number from 2 to 8"):
         load_detector(tmp_path)
+
+
+@pytest.mark.parametrize(("boxes", "returned"), [(50, 100), (60, 120), (700, 1000)])
+def test_a_detector_returns_twice_as_many_boxes_as_an_image_has(boxes: int, returned: int) -> None:
+    ignored = np.arange(boxes + 30) >= boxes
+    crowd = replace(shaped(64, 64), boxes=np.zeros((boxes + 30, 4)), ignored=ignored)
+    assert choose_max_boxes([shaped(64, 64), crowd]) == returned
 
 
 @pytest.mark.slow

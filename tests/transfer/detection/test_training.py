@@ -87,8 +87,8 @@ def trained(encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -
     return detector
 
 
-@pytest.mark.parametrize("boxes", [100, 101])
-def test_more_boxes_than_a_detector_gives_are_warned_of(
+@pytest.mark.parametrize("boxes", [1000, 1001])
+def test_more_boxes_than_a_detector_returns_are_warned_of(
     boxes: int, data: LabelledBoxes, caplog: pytest.LogCaptureFixture
 ) -> None:
     crowd = BoxedImage(
@@ -98,7 +98,7 @@ def test_more_boxes_than_a_detector_gives_are_warned_of(
     crowded = replace(data, train=[*data.train, crowd])
     TASKS["detection"].check(build_encoder("test_resnet", 64), crowded, SETTINGS)
     codes = [getattr(record, "code", "") for record in caplog.records]
-    assert codes == ["data.many_boxes"] * (boxes > 100)
+    assert codes == ["data.many_boxes"] * (boxes > 1000)
 
 
 @pytest.mark.slow

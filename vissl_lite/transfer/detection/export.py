@@ -13,8 +13,6 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, roi_align
 
 from vissl_lite.transfer.detection.model import MIN_SCORE, TWO_STAGES, Detector
 
-MAX_BOXES = 100  # per image
-
 
 @torch.library.custom_op("vissl_lite::suppress", mutates_args=())
 def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, max_boxes: int) -> Tensor:
@@ -63,7 +61,7 @@ ONNX_TRANSLATIONS: dict[Any, Any] = {torch.ops.vissl_lite.suppress.default: supp
 
 
 class ExportableDetector(nn.Module):
-    """Detector that returns ``MAX_BOXES`` boxes per image, padded with zeros.
+    """Detector that returns its maximum number of boxes for each image, padded with zeros.
 
     Args:
         detector: Detector to export. Its weights are shared, not copied.
@@ -106,17 +104,15 @@ class ExportableDetector(nn.Module):
             boxes, scores = self._dense(maps)
             iou_threshold = self.net.nms_thresh
         scores = torch.where(scores > MIN_SCORE, scores, 0.0)
-        batch, classes, places = scores.shape
+        (batch, classes, places), most = scores.shape, self.detector.max_boxes
         if boxes.ndim == 4:  # separate boxes per class
             separate = boxes.flatten(0, 1), scores.flatten(0, 1)[:, None]
-            kept = suppress(*separate, iou_threshold, MAX_BOXES).reshape(batch, classes * places)
+            kept = suppress(*separate, iou_threshold, most).reshape(batch, classes * places)
             boxes = boxes.flatten(1, 2)
         else:
-            kept = suppress(boxes, scores, iou_threshold, MAX_BOXES).reshape(
-                batch, classes * places
-            )
+            kept = suppress(boxes, scores, iou_threshold, most).reshape(batch, classes * places)
             boxes = boxes.repeat(1, classes, 1)
-        best, chosen = kept.topk(min(MAX_BOXES, classes * places), dim=1)
+        best, chosen = kept.topk(min(most, classes * places), dim=1)
         labels = torch.div(chosen, places, rounding_mode="floor")
         found = best > 0
         boxes, labels = _gather_boxes(boxes, chosen) * found[..., None], labels * found

@@ -11,7 +11,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torchvision.ops import box_iou
 
 from vissl_lite.transfer.detection.data import BoxedImage
-from vissl_lite.transfer.detection.model import Detections, Detector, detect
+from vissl_lite.transfer.detection.model import MIN_MAX_BOXES, Detections, Detector, detect
 from vissl_lite.transfer.jackknife import pseudo_values
 from vissl_lite.transfer.sources.run_lengths import runs_of_mask, text_of_runs
 from vissl_lite.transfer.sources.shapes import as_coco
@@ -22,7 +22,8 @@ class DetectionScores:
     """Metrics of a detector.
 
     Attributes:
-        map: Mean average precision over IoU thresholds from 0.5 to 0.95, as COCO computes it.
+        map: Mean average precision over IoU thresholds from 0.5 to 0.95, as COCO computes it, but
+            of all boxes that the detector returns: more than COCO's 100 in crowded images.
         map_50: Mean average precision at IoU 0.5.
         per_class: ``{"ap": ...}`` by class name. Classes without a box are omitted.
         found: Detections of each readable image.
@@ -86,7 +87,7 @@ def score_detector(
     found, good = detect(detector, [image.path for image in part], progress)
     images = [image for image, fine in zip(part, good, strict=True) if fine]
     names = detector.classes
-    boxes = coco_evaluation(found, images, len(names), "bbox")
+    boxes = coco_evaluation(found, images, len(names), "bbox", detector.max_boxes)
     main, (by_class, map_50) = boxes, average_precision(boxes)
     per_class = {
         name: {"ap": precision}
@@ -95,7 +96,7 @@ def score_detector(
     }
     mask_map = mask_map_50 = None
     if any(one.masks is not None for one in found):
-        main = coco_evaluation(found, images, len(names), "segm")
+        main = coco_evaluation(found, images, len(names), "segm", detector.max_boxes)
         of_masks, mask_map_50 = average_precision(main)
         mask_map = mean_of_known(of_masks)
         for name, precision in zip(names, of_masks.tolist(), strict=True):
@@ -125,6 +126,7 @@ def coco_evaluation(
     images: Sequence[BoxedImage],
     classes: int,
     kind: Literal["bbox", "segm"],
+    max_boxes: int = MIN_MAX_BOXES,
 ) -> COCOeval_faster:
     """Prepare an evaluation as COCO's; image N has the number N + 1.
 
@@ -136,6 +138,7 @@ def coco_evaluation(
         images: Images with their boxes, and with their shapes for ``segm``.
         classes: Number of classes K.
         kind: Whether boxes or masks are compared.
+        max_boxes: Detections of an image and class that count, at most; 100 in COCO.
     """
     truth: list[dict[str, object]] = []
     results: list[dict[str, object]] = []
@@ -177,7 +180,7 @@ def coco_evaluation(
     coco = COCO({"images": listed, "annotations": truth, "categories": categories})
     evaluation = COCOeval_faster(coco, coco.loadRes(results), kind)
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    evaluation.params.maxDets = [100]
+    evaluation.params.maxDets = [max_boxes]
     return evaluation
 
 
@@ -199,7 +202,7 @@ def _runs_of_object(image: BoxedImage, index: int, drawn: bool) -> np.ndarray:
 def average_precision(
     evaluation: COCOeval_faster, images: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """Average precision, as COCO computes it: 100 detections per image at most, of all sizes.
+    """Average precision of objects of all sizes, as COCO computes it.
 
     Args:
         evaluation: See ``coco_evaluation``.

@@ -43,8 +43,9 @@ from vissl_lite.transfer.sources.shapes import Shape
 # Boxes with a lower score are dropped. It is low because mean average precision needs weak boxes.
 MIN_SCORE = 0.05
 
-# Objects of an image at most, as COCO's metrics have it and torchvision's detectors by default.
-MAX_DETECTIONS = 100
+# Boxes that a detector returns for an image, at most: 100, as in COCO's metrics and by default in
+# torchvision, or twice as many as a training image has, up to 1,000.
+MIN_MAX_BOXES, LARGEST_MAX_BOXES = 100, 1000
 
 # Detectors that classify proposals, with class 0 as the background.
 TWO_STAGES = ("faster_rcnn", "mask_rcnn")
@@ -155,6 +156,7 @@ class Detector(TransferModel):
             (He et al. 2017), which adds a mask head to it.
         canvas: Height and width in pixels of the input, which images are resized and padded to.
         anchor_scale: Smallest anchor of a level as a multiple of its stride. FCOS has no anchors.
+        max_boxes: Boxes to return for an image, at most; see ``choose_max_boxes``.
 
     Attributes:
         threshold: Minimum score of boxes to show. Training sets it to the score of the best F1.
@@ -167,11 +169,12 @@ class Detector(TransferModel):
         kind: DetectorName,
         canvas: tuple[int, int],
         anchor_scale: float = DEFAULT_ANCHOR_SCALE,
+        max_boxes: int = MIN_MAX_BOXES,
     ) -> None:
         super().__init__()
         self.classes, count = list(classes), len(classes)
         self.kind, self.canvas, self.threshold = kind, canvas, 0.5
-        self.anchor_scale = anchor_scale
+        self.anchor_scale, self.max_boxes = anchor_scale, max_boxes
         pyramid = Pyramid(encoder, PYRAMID_CHANNELS, finest_stride(kind))
         maps = _PyramidBackbone(encoder, pyramid, has_extra_level(kind))
         strides = level_strides(kind, pyramid.strides)
@@ -180,7 +183,13 @@ class Detector(TransferModel):
         if kind == "fcos":
             anchors = StridedAnchors([(stride,) for stride in strides], strides, (1.0,))
             self.net = FCOS(
-                maps, count, anchor_generator=anchors, score_thresh=MIN_SCORE, **size_limits
+                maps,
+                count,
+                anchor_generator=anchors,
+                score_thresh=MIN_SCORE,
+                detections_per_img=max_boxes,
+                topk_candidates=10 * max_boxes,  # of each level
+                **size_limits,
             )
             heads = [self.net.head]
         elif kind == "retinanet":
@@ -190,7 +199,8 @@ class Detector(TransferModel):
                 count,
                 anchor_generator=anchors,
                 score_thresh=MIN_SCORE,
-                detections_per_img=MAX_DETECTIONS,
+                detections_per_img=max_boxes,
+                topk_candidates=10 * max_boxes,
                 **size_limits,
             )
             heads = [self.net.head]
@@ -202,11 +212,12 @@ class Detector(TransferModel):
                 rpn_anchor_generator=anchors,
                 box_roi_pool=_roi_pool(pyramid.strides, 7),
                 box_score_thresh=MIN_SCORE,
+                box_detections_per_img=max_boxes,
                 # fewer than torchvision's defaults, for small images and computers
                 rpn_pre_nms_top_n_train=1000,
                 rpn_post_nms_top_n_train=500,
-                rpn_pre_nms_top_n_test=500,
-                rpn_post_nms_top_n_test=300,
+                rpn_pre_nms_top_n_test=5 * max_boxes,  # of each level
+                rpn_post_nms_top_n_test=3 * max_boxes,
                 box_batch_size_per_image=128,
                 **size_limits,
             )
@@ -254,6 +265,19 @@ class Detector(TransferModel):
         if self.kind in TWO_STAGES:
             found = [{**one, "labels": one["labels"] - 1} for one in found]
         return found
+
+
+def choose_max_boxes(images: Sequence[BoxedImage]) -> int:
+    """Choose how many boxes a detector returns for an image, at most.
+
+    Args:
+        images: Training images.
+
+    Returns:
+        100, or twice as many as an image has, up to 1,000.
+    """
+    most = max(int((~image.ignored).sum()) for image in images)
+    return min(max(MIN_MAX_BOXES, 2 * most), LARGEST_MAX_BOXES)
 
 
 def choose_canvas(images: Sequence[BoxedImage], encoder: Encoder) -> tuple[int, int]:
@@ -462,6 +486,7 @@ def save_detector(detector: Detector, folder: Path, about: dict[str, Any]) -> No
         "detector": detector.kind,
         "canvas": list(detector.canvas),
         "anchor_scale": detector.anchor_scale,
+        "max_boxes": detector.max_boxes,
         "threshold": detector.threshold,
     }
     save_with_head(detector, detector.encoder, folder, {**head, **about})
@@ -491,9 +516,12 @@ def load_detector(folder: Path) -> Detector:
         scale, limits = about["anchor_scale"], (ANCHOR_SCALES[0], ANCHOR_SCALES[-1])
         if not isinstance(scale, int | float) or not limits[0] <= scale <= limits[1]:
             raise ValueError(f"anchor_scale is not a number from {limits[0]:g} to {limits[1]:g}")
+        most, bounds = about["max_boxes"], (MIN_MAX_BOXES, LARGEST_MAX_BOXES)
+        if type(most) is not int or not bounds[0] <= most <= bounds[1]:
+            raise ValueError(f"max_boxes is not an integer from {bounds[0]} to {bounds[1]}")
         encoder.stage_shapes(*canvas)
-        classes = about["classes"]
-        detector = Detector(encoder, classes, kind, (canvas[0], canvas[1]), float(scale))
+        size = (canvas[0], canvas[1])
+        detector = Detector(encoder, about["classes"], kind, size, float(scale), most)
         detector.threshold = float(threshold)
         return detector
 

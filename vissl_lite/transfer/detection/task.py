@@ -25,7 +25,7 @@ from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_b
 from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
 from vissl_lite.transfer.detection.model import (
-    MAX_DETECTIONS,
+    LARGEST_MAX_BOXES,
     Detections,
     Detector,
     detect_in_batches,
@@ -80,13 +80,14 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     def check(self, encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> None:
         if settings.multi_scale:
             check_rescaling(encoder)
-        crowded = [len(one.boxes) for one in data.train if len(one.boxes) > MAX_DETECTIONS]
+        boxes = [len(one.boxes) for one in data.train]
+        crowded = [count for count in boxes if count > LARGEST_MAX_BOXES]
         if crowded:
             log.warning(
                 "%(images)d training images have more than %(most)d boxes, up to %(boxes)d: a "
-                "detector gives at most %(most)d for an image, so smaller images, such as tiles, "
+                "detector returns at most %(most)d for an image, so smaller images, such as tiles, "
                 "would be better",
-                {"images": len(crowded), "most": MAX_DETECTIONS, "boxes": max(crowded)},
+                {"images": len(crowded), "most": LARGEST_MAX_BOXES, "boxes": max(crowded)},
                 extra={"code": "data.many_boxes"},
             )
 

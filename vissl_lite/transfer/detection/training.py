@@ -21,7 +21,7 @@ from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.detection.anchors import choose_anchor_scale
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
-from vissl_lite.transfer.detection.model import Detector, choose_canvas
+from vissl_lite.transfer.detection.model import Detector, choose_canvas, choose_max_boxes
 from vissl_lite.transfer.detection.options import DetectorSettings
 from vissl_lite.transfer.finetuning import train
 from vissl_lite.transfer.pyramid import PyramidTraining, freeze_unused
@@ -185,14 +185,16 @@ def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSett
 
     Args:
         encoder: Left as it is.
-        data: Data set; the training images determine the canvas.
+        data: Data set; the training images determine the canvas, the size of the anchors, and how
+            many boxes are returned for an image at most.
         settings: The seed determines the weights of the head.
     """
     canvas = choose_canvas(data.train, encoder)
     anchor_scale = choose_anchor_scale(data.train, settings.detector, canvas, encoder)
+    max_boxes = choose_max_boxes(data.train)
     torch.manual_seed(settings.seed)
     own = copy.deepcopy(encoder)
-    detector = Detector(own, data.classes, settings.detector, canvas, anchor_scale)
+    detector = Detector(own, data.classes, settings.detector, canvas, anchor_scale, max_boxes)
     freeze_unused(own, detector.net.backbone.pyramid)
     return detector
 
