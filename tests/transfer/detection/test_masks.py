@@ -255,7 +255,7 @@ def test_map_of_perfect_and_shifted_masks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = truth()
-    detector: Any = SimpleNamespace(classes=["a", "b", "never seen"])
+    detector: Any = SimpleNamespace(classes=["a", "b", "never seen"], max_boxes=100)
     found = answers(images)
     monkeypatch.setattr(metrics, "detect", lambda *_: (found, np.ones(3, bool)))
     scores = score_detector(detector, images)
@@ -295,7 +295,7 @@ def test_each_image_has_its_part_in_the_mean_precision(
     )
     if metric == "map":
         found = [one._replace(masks=None) for one in found]
-    detector: Any = SimpleNamespace(classes=["a", "b"])
+    detector: Any = SimpleNamespace(classes=["a", "b"], max_boxes=100)
 
     def score(numbers: list[int], units: np.ndarray | None = None) -> metrics.DetectionScores:
         chosen = [found[number] for number in numbers]

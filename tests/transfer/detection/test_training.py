@@ -254,9 +254,8 @@ def test_map_of_perfect_wrong_and_shifted_boxes(
     def set_detections(detections: list[Detections]) -> None:
         monkeypatch.setattr(metrics, "detect", lambda *_: (detections, good))
 
-    detector: Any = SimpleNamespace(
-        classes=data.classes
-    )  # only the classes are used, as detect is replaced
+    # nothing else is used, as detect is replaced
+    detector: Any = SimpleNamespace(classes=data.classes, max_boxes=100)
     set_detections(answers(images))
     perfect = score_detector(detector, images)
     assert perfect.metrics == {"map": 1.0, "map_50": 1.0}
