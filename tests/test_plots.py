@@ -36,6 +36,24 @@ def test_boxes_are_drawn_where_they_are_in_their_classes_color() -> None:
     assert np.array_equal(nothing, image)
 
 
+def test_text_of_crowded_small_boxes_is_left_out() -> None:
+    """What it would hide is the objects; a box alone keeps its text, however small it is."""
+    large, small = [10.0, 10, 70, 50], [12.0, 12, 18, 18]
+
+    def colored(boxes: list[list[float]]) -> int:
+        count = len(boxes)
+        drawn = draw_boxes(gray(), np.array(boxes), np.zeros(count, int), ["long name"])
+        return int((drawn != 128).any(axis=2).sum())
+
+    bare = 4 * (18 - 12)  # the pixels of the small box's edge
+    assert colored([small]) > 2 * bare
+    text = colored([large]) - 2 * (60 + 40)
+    assert text > bare
+    neighbors = [[12.0 + 8 * n, 12, 18 + 8 * n, 18] for n in range(3)]
+    assert colored(neighbors) < 3 * bare + text  # only the last one's is clear of the others
+    assert colored([large, small]) <= colored([large]) + bare
+
+
 def test_a_mask_leaves_the_first_class_and_what_is_ignored_clear() -> None:
     mask = np.zeros((60, 80), np.uint8)
     mask[:20], mask[20:40] = 1, 255

@@ -129,6 +129,8 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draw boxes into an image, each with its class and optionally its score and its mask.
 
+    The text of a box is left out where it neither fits into the box nor is clear of the others.
+
     Args:
         image: Image ``(H, W, 3)``, uint8.
         boxes: Boxes ``(N, 4)`` as x1, y1, x2, y2 in pixels.
@@ -149,14 +151,31 @@ def draw_boxes(
     captions = [classes[label] for label in labels]
     if scores is not None:
         captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores, strict=True)]
+    readable = _readable(boxes, captions, width)
     drawn = draw_bounding_boxes(
         torch.from_numpy(image).permute(2, 0, 1),
         torch.from_numpy(boxes),
-        labels=captions,
+        labels=[text if fits else None for text, fits in zip(captions, readable, strict=True)],
         colors=[colors[label] for label in labels],
         width=width,
     )
     return drawn.permute(1, 2, 0).numpy()
+
+
+def _readable(boxes: np.ndarray, captions: Sequence[str], width: int) -> np.ndarray:
+    """Whether each text, at the upper left in its box, fits into it or covers no other box."""
+    font = ImageFont.load_default()  # as draw_bounding_boxes writes
+    texts = boxes.astype(float)
+    texts[:, 2:] = texts[:, :2] + [font.getbbox(text)[2:] for text in captions] + width + 1
+    fits: np.ndarray = np.all(texts[:, 2:] <= boxes[:, 2:], axis=1)
+    upper, lower = boxes[:, :2], boxes[:, 2:]
+    for index in np.flatnonzero(~fits):  # one at a time: a micrograph may have thousands of boxes
+        covered: np.ndarray = np.all(
+            (texts[index, :2] < lower) & (upper < texts[index, 2:]), axis=1
+        )
+        covered[index] = False
+        fits[index] = not covered.any()
+    return fits
 
 
 def _fill_masks(
