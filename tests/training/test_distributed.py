@@ -1,5 +1,6 @@
 """Several processes through gloo: the same weights as one, after lost processes and signals too."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -33,6 +34,9 @@ from vissl_lite.training.stream import StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 STEPS = 20
+
+# Seconds after which a process is taken to wait for another one in vain.
+STUCK = 300
 
 # SimCLR on the last blocks of an encoder that is frozen at first, with a moving average of it.
 ADAPTED = "simclr, adapted"
@@ -144,10 +148,13 @@ def one_of(rank: int, processes: int, strategy: str, port: int, photos: Path, ou
     """One of the processes."""
     os.environ.update(place(rank, processes, port))
     torch.set_num_threads(1)
+    stacks = (out / f"{rank}.stacks").open("w")
+    faulthandler.dump_traceback_later(STUCK, file=stacks)
     mae.random_mask, dinov2.draw_masks = shared_mask, shared_blocks
     states = {name: train(name, photos, processes, strategy) for name in PRETEXTS}
     if strategy != "fsdp" or rank == 0:
         torch.save(states, out / f"{processes}-{rank}.pt")
+    faulthandler.cancel_dump_traceback_later()
 
 
 def together(
@@ -159,11 +166,16 @@ def together(
         SERVER.Process(target=one_of, args=(rank, processes, strategy, port, photos, out))
         for rank in range(processes)
     ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(480)
-        assert process.exitcode == 0
+    try:
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(STUCK + 10)
+            stacks = [file.read_text() for file in sorted(out.glob("*.stacks"))]
+            assert process.exitcode == 0, "\n".join(stacks)
+    finally:
+        for process in started:
+            process.kill()
     return [torch.load(file) for file in out.glob("*.pt")]
 
 
