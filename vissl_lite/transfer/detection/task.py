@@ -80,7 +80,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     def check(self, encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> None:
         if settings.multi_scale:
             check_rescaling(encoder)
-        boxes = [len(one.boxes) for one in data.train]
+        boxes = [int((~one.ignored).sum()) for one in data.train]
         crowded = [count for count in boxes if count > LARGEST_MAX_BOXES]
         if crowded:
             log.warning(
