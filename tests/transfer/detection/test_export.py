@@ -69,6 +69,18 @@ def test_detections_equal_those_of_the_detector(
             unmatched.remove(min(same))
 
 
+@pytest.mark.parametrize("kind", ["fcos", "retinanet"])
+def test_a_level_has_as_many_candidates_as_in_torchvision(kind: DetectorName) -> None:
+    detector = make_detector(kind)
+    detector.net.topk_candidates = 10
+    images = torch.rand(1, 3, 64, 96) * 4 - 2
+    with torch.no_grad():
+        [expected] = detector(images)
+        scores = ExportableDetector(detector)(images)[1]
+    assert len(expected["scores"]) < 50
+    torch.testing.assert_close(scores[scores > 0], expected["scores"])
+
+
 @pytest.mark.slow
 def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
     model = ExportableDetector(make_detector("faster_rcnn"))

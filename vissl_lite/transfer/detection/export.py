@@ -129,7 +129,14 @@ class ExportableDetector(nn.Module):
         else:
             scores = outputs["cls_logits"].sigmoid()
             boxes = decode_boxes(self.anchors, outputs["bbox_regression"])
-        return self._clip(boxes), scores.transpose(1, 2)
+        levels = [self._candidates(level) for level in scores.split(self.counts, dim=1)]
+        return self._clip(boxes), torch.cat(levels, dim=1).transpose(1, 2)
+
+    def _candidates(self, scores: Tensor) -> Tensor:
+        """Scores ``(B, N, K)`` of a level, 0 for those below the best ``topk_candidates``."""
+        flat = scores.flatten(1)
+        best = flat.topk(min(self.net.topk_candidates, flat.shape[1]), dim=1).values
+        return torch.where(scores < best[:, -1:, None], 0.0, scores)
 
     def _proposals(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes ``(B, P, 4)`` and scores ``(B, P)`` of the region proposal network."""
