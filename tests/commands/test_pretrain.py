@@ -225,12 +225,17 @@ def test_resume_between_accumulated_batches(
 @pytest.mark.slow
 def test_accumulation_says_what_it_does_not_do(photos: Path, tmp_path: Path) -> None:
     options = ["--data", photos, *SMALL, "--epochs", 1, "--accumulate_grad_batches", 2]
-    for pretext, said in (("simclr", True), ("moco", True), ("byol", False)):
+    compared = "compares one only with the 7 others"
+    statistics = "the statistics in the loss of barlow_twins are those of 8 images"
+    for pretext, said in (("simclr", compared), ("barlow_twins", statistics), ("byol", "")):
         out = tmp_path / pretext
         assert run(*options, "--pretext", pretext, "--out", out) == 0
         log = (out / "log.txt").read_text()
         assert "each optimizer step uses 2 batches of 8 images" in log
-        assert ("compares one only with the 7 others" in log) == said
+        assert [text in log for text in (compared, statistics)] == [
+            said == compared,
+            said == statistics,
+        ]
 
 
 @pytest.mark.slow
@@ -277,13 +282,19 @@ def test_short_runs_change_colors_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_momentum_of_a_teacher_rises_with_the_length_of_the_run() -> None:
-    def momentum(pretext: Any, images: int, **given: Any) -> float | None:
+    def momentum(pretext: Any, images: int, batch: int = 256, **given: Any) -> float | None:
         options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
-        return long_run_defaults(options, images).get("momentum")
+        return long_run_defaults(options, images, batch).get("momentum")
 
     assert momentum("dino", 2500, epochs=100) is None  # short
     assert momentum("dino", 1_280_000, epochs=100) == momentum("ibot", 10**7, epochs=100) == 0.9995
     assert momentum("dinov2", 1_280_000, epochs=100) == 0.994
+    # The teacher averages over as many images, but never less long than in a short run.
+    assert [momentum("dino", 10**7, b, epochs=100) for b in (64, 1024, 8192)] == [
+        0.9995,
+        0.998,
+        0.99,
+    ]
     middle = math.sqrt(250_000 * 128_000_000)
     between = 1 - math.sqrt(0.01 * 0.0005)
     assert momentum("dino", round(middle), epochs=1) == pytest.approx(between, abs=1e-5)

@@ -52,11 +52,12 @@ def test_random_weights_are_those_of_an_untrained_encoder(
     assert (branch == 0.5).all()
 
 
-def monitor(photos: Path, online: Any, batches: int = 0) -> AdaptationMonitor:
+def monitor(photos: Path, online: Any, batches: int = 0, train: str = "all") -> AdaptationMonitor:
     schedule = Schedule(0.1, 0.1, 0, batches=10)
     schedule.batches = batches
     compute = EncoderMetrics(find_images([photos]), None, seed=0, upright=True)
-    return AdaptationMonitor(compute, online, schedule, build_encoder("test_resnet", 32))
+    encoder = build_encoder("test_resnet", 32)
+    return AdaptationMonitor(compute, online, schedule, encoder, train)
 
 
 def online(metrics: dict[str, float]) -> Any:
@@ -83,6 +84,17 @@ def test_a_fall_by_more_than_a_standard_error_is_a_warning(
     assert f"{before:.3f} before the training" in caplog.text
     codes = [getattr(record, "code", None) for record in caplog.records]
     assert ("features.forgotten" in codes) == warns
+    assert ("--train blocks:2" in caplog.text) == warns
+
+
+def test_the_parts_that_are_trained_are_not_advised(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = online({**SPREAD, "knn": 0.8})
+    one = monitor(photos, evaluation, train="blocks:2")
+    one.before, evaluation.metrics = evaluation.metrics, {**SPREAD, "knn": 0.5}
+    one.finish()
+    assert "may serve better; or try a lower --lr or a shorter run" in caplog.text
 
 
 def test_what_was_measured_before_survives_a_resume_and_is_not_measured_again(

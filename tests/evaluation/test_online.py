@@ -1,6 +1,7 @@
 """What online evaluation sees, what it costs, and what it says."""
 
 import logging
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,18 @@ def test_broken_images_among_the_first_do_not_end_the_run(
     images = [*broken, *find_images([photos])]
     values = evaluate(online(images), encoder)
     assert np.isfinite(list(values.values())).all()
+
+
+def test_where_the_images_have_gone_there_are_no_metrics_of_an_earlier_encoder(
+    photos: Path, encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies = [shutil.copy(path, tmp_path) for path in find_images([photos])]
+    evaluation = online(copies)
+    assert evaluate(evaluation, encoder)
+    for path in copies:
+        Path(path).unlink()
+    assert evaluate(evaluation, encoder) == {}
+    assert "evaluation.failed" in [getattr(record, "code", "") for record in caplog.records]
 
 
 def test_labels_of_one_class_give_no_linear_accuracy(

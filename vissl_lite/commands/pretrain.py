@@ -231,7 +231,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         )
     train_only(encoder, options.trained_parts)
     short_run = short_run_defaults(options, count)
-    long_run = long_run_defaults(options, count)
+    long_run = long_run_defaults(options, count, size * options.accumulate_grad_batches)
     options = options.with_hyperparameters({**short_run, **long_run})
     # papers of long runs with large batches start them at zero, as timm does
     if not options.pretrained and run_length(options, count) < 1:
@@ -404,7 +404,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         online,
         FingerprintCallback(run, stream, schedule, training.fingerprints),
     ]
-    adaptation = AdaptationMonitor(compute, online, schedule, task.encoder)
+    adaptation = AdaptationMonitor(compute, online, schedule, task.encoder, options.trained_parts)
     if options.pretrained:
         callbacks.append(adaptation)
     if options.progressive_resizing:
@@ -538,11 +538,13 @@ def accumulation_note(info: PretextInfo, batch_size: int, accumulate: int) -> st
         accumulate: Number of batches per optimizer step.
     """
     note = f"each optimizer step uses {accumulate} batches of {batch_size} images"
-    if info.negatives:
+    if info.batch_loss == "negatives":
         note += (
             f"; this does not add negatives: of these images, {info.name} compares one only with "
             f"the {batch_size - 1} others of its own batch"
         )
+    elif info.batch_loss == "statistics":
+        note += f"; the statistics in the loss of {info.name} are those of {batch_size} images"
     return note
 
 

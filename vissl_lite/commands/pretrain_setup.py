@@ -171,16 +171,19 @@ def short_run_defaults(options: PretrainOptions, images: int) -> dict[str, float
     return {name: value for name, value in better.items() if given[name] is None}
 
 
-def long_run_defaults(options: PretrainOptions, images: int) -> dict[str, float]:
+def long_run_defaults(options: PretrainOptions, images: int, batch_size: int) -> dict[str, float]:
     """Momentum of the teacher in a long run of ``--epochs`` instead of its default.
 
     1 - momentum falls geometrically from its value in short runs to that in long ones; see
-    ``long_share``. Runs from pre-trained weights, of open length or with a time budget keep the
-    default.
+    ``long_share``. The latter is in proportion to batches that are larger than those that the
+    pretext's is for, so that the teacher averages over as many images (Busbridge et al. 2023, "How
+    to Scale Your EMA", arXiv 2307.13813). Runs from pre-trained weights, of open length or with a
+    time budget keep the default.
 
     Args:
         options: Options of the run.
         images: Number of training images.
+        batch_size: Number of images per optimizer step.
 
     Returns:
         ``momentum``, if the pretext has one that depends on the length and the options leave it to
@@ -189,7 +192,8 @@ def long_run_defaults(options: PretrainOptions, images: int) -> dict[str, float]
     bounds, share = pretext_class(options.pretext_name).info.momentum, run_length(options, images)
     if bounds is None or options.hyperparameters["momentum"] is not None:
         return {}
-    short, long = (1 - momentum for momentum in bounds)
+    short, long = 1 - bounds[0], 1 - bounds[1]
+    long = min(short, long * max(1.0, batch_size / bounds[2]))
     return {"momentum": round(1 - short ** (1 - share) * long**share, 5)} if share else {}
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from vissl_lite.encoders.encoder import Encoder, open_residual_branches, untrained_copy
 from vissl_lite.evaluation.online import EncoderMetrics, OnlineEvaluation
+from vissl_lite.training.freezing import ALL_PARTS
 from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class AdaptationMonitor(Callback):
         online: Online evaluation of the run; its callbacks must be called before those of this.
         schedule: Schedule of the run.
         encoder: Encoder to train.
+        train: Parts of it that are trained; see ``train_only``.
 
     Attributes:
         before: Metrics of the encoder before the training, by name.
@@ -69,9 +71,10 @@ class AdaptationMonitor(Callback):
         online: OnlineEvaluation,
         schedule: Schedule,
         encoder: Encoder,
+        train: str,
     ) -> None:
         self._compute, self._online, self._schedule = compute, online, schedule
-        self._encoder = encoder
+        self._encoder, self._train = encoder, train
         self.before: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -103,11 +106,12 @@ class AdaptationMonitor(Callback):
         )
         share = (before * images + 2) / (images + 4)
         if after < before - math.sqrt(share * (1 - share) / (images + 4)):
+            fewer = "--train blocks:2, " if self._train == ALL_PARTS else ""
             log.warning(
                 "The weights have become worse for --probe_data: the kNN accuracy on %(images)d "
                 "images fell from %(before).3f to %(after).3f. The weights that the run began with "
-                "may serve better; or try a lower --lr, --train blocks:2, or a shorter run.",
-                {"images": images, "before": before, "after": after},
+                "may serve better; or try %(fewer)sa lower --lr or a shorter run.",
+                {"images": images, "before": before, "after": after, "fewer": fewer},
                 extra={"code": "features.forgotten"},
             )
 

@@ -348,6 +348,7 @@ class OnlineEvaluation(Callback):
                 if self._open is not None:
                     scores = open_scores(self.metrics)
             except UserError as error:  # the images have gone: what was learned is still there
+                self.metrics = {}  # the last ones are of an earlier encoder
                 if first or isinstance(error, MachineError):
                     raise
                 log.warning(

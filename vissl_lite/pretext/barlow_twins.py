@@ -17,6 +17,9 @@ from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import barlow_twins
 
+# Factor on the learning rate of biases and norms with LARS (section 2.2).
+LARS_BIAS_LR = 0.0048 / 0.2
+
 
 class BarlowTwins(PretextTask):
     """Barlow Twins.
@@ -30,8 +33,9 @@ class BarlowTwins(PretextTask):
         lambd: Weight of the redundancy reduction term (section 2.2).
         projection_size: Size of the three layers of the projector and of the embeddings; the paper
             uses 8192 and finds larger sizes better, at a higher cost.
-        bias_lr: Factor on the learning rate of biases and norms. The paper uses 0.024 with LARS
-            (0.0048 instead of 0.2, section 2.2), which adapts the rate of all other parameters.
+        bias_lr: Factor on the learning rate of biases and norms; default 1, and with ``--optimizer
+            lars``, which adapts the rate of all other parameters, 0.024 as in the paper (0.0048
+            instead of 0.2, section 2.2).
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
         color: Strength of the color distortion; the paper uses about 0.5.
     """
@@ -42,6 +46,7 @@ class BarlowTwins(PretextTask):
         views="2",
         paper="Zbontar et al. 2021, arXiv 2103.03230",
         use="batches of 128 to 1024; needs no negatives and no teacher",
+        batch_loss="statistics",
         any_size=True,
         token_drop=0.0,
     )
@@ -53,7 +58,7 @@ class BarlowTwins(PretextTask):
         encoder: Encoder,
         lambd: float = 0.005,
         projection_size: int = 1024,
-        bias_lr: float = 1.0,
+        bias_lr: float | None = None,
         min_crop_scale: float = 0.2,
         color: float = 0.5,
     ) -> None:
@@ -75,8 +80,10 @@ class BarlowTwins(PretextTask):
         return barlow_twins(z1, z2, self.lambd)
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = super().configure_optimizers()
+        optimizer, factor = super().configure_optimizers(), self.bias_lr
+        if factor is None:
+            factor = LARS_BIAS_LR if self.optimizer_settings.name == "lars" else 1.0
         for group in optimizer.param_groups:
             if not group["decayed"]:
-                group["lr_scale"] *= self.bias_lr
+                group["lr_scale"] *= factor
         return optimizer

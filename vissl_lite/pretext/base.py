@@ -52,8 +52,10 @@ class PretextInfo:
         paper: Authors, year and arXiv number.
         use: When to use it, in one line.
         backbones: Kind of backbones that it supports; see ``BACKBONE_KINDS``.
-        negatives: Whether images of a batch are compared with one another, so that gradient
-            accumulation is not equivalent to a larger batch.
+        batch_loss: What the loss does with the images of a batch together, so that gradient
+            accumulation is not equivalent to a larger batch: compare them with one another
+            (``negatives``) or use their statistics, as of their features' correlations or of
+            balanced assignments; None if it is the mean over the images.
         any_size: Whether views may be smaller than the encoder's image size.
         token_drop: Default of ``--token_drop`` where it measured better than all patches, else 0;
             None if a ViT has to see all, as the loss uses more than pooled features of whole views.
@@ -66,8 +68,9 @@ class PretextInfo:
         short_run: Hyperparameters with None as default, and values that measured better in minutes
             on a CPU from random weights; see ``short_run_defaults``.
         long_run_lr: Factor on the default learning rate in long runs; see ``long_share``.
-        momentum: Default momentum of the teacher in short and in long runs, of pretexts where it
-            depends on the length; see ``long_run_defaults``.
+        momentum: Default momentum of the teacher in short runs, in long runs, and the largest batch
+            that the latter is for, of pretexts where it depends on the length; see
+            ``long_run_defaults``.
         orientation: Whether the network predicts how an image is turned.
     """
 
@@ -77,7 +80,7 @@ class PretextInfo:
     paper: str
     use: str
     backbones: Backbones = "any"
-    negatives: bool = False
+    batch_loss: Literal["negatives", "statistics"] | None = None
     any_size: bool = False
     token_drop: float | None = None
     fixed_positions: bool = False
@@ -86,7 +89,7 @@ class PretextInfo:
     encoders: tuple[str, ...] = ()
     short_run: Mapping[str, float] = field(default_factory=dict)
     long_run_lr: float = 1.0
-    momentum: tuple[float, float] | None = None
+    momentum: tuple[float, float, int] | None = None
     orientation: bool = False
 
     def default_momentum(self, given: float | None) -> float:

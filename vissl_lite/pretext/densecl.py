@@ -105,7 +105,7 @@ class DenseCL(PretextTask):
         views="2",
         paper="Wang et al. 2021, arXiv 2011.09157",
         use="before detection or segmentation: trains every location of the feature map",
-        negatives=True,
+        batch_loss="negatives",
         any_size=True,
     )
     # As for moco: the paper trains with SGD for hundreds of epochs.

@@ -53,6 +53,7 @@ class DIET(PretextTask):
         any_size=True,
         token_drop=0.0,
         train="blocks:2",
+        long_run_lr=0.5,
     )
     # As of the other pretexts that classify; DIET uses 1e-3 for batches of 256 and long runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")

@@ -43,9 +43,10 @@ class DINO(PretextTask):
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             paper uses 30 epochs of 300 or more.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine. Default 0.99; with
-            ``--epochs`` it rises with the length of the run to 0.9995, which the authors' code
-            advises for hundreds of epochs at batches of 256. (The paper uses 0.996, at 1024.) In a
-            short run the teacher would then hardly leave its initial weights.
+            ``--epochs`` and from random weights it rises with the length of the run to 0.9995,
+            which the authors' code advises at batches of 256, or at larger ones to where the
+            teacher averages as many images: 0.998 at 1024. (The paper uses 0.996 there.) In a short
+            run the teacher would then hardly leave its initial weights.
         center_momentum: Momentum of the center of the teacher's outputs (equation 4).
         freeze_last_layer: Fraction of the run in which the last layer is not trained; the paper
             uses one epoch of a hundred (appendix C).
@@ -71,7 +72,7 @@ class DINO(PretextTask):
         any_size=True,
         token_drop=0.0,
         long_run_lr=0.25,
-        momentum=(0.99, 0.9995),
+        momentum=(0.99, 0.9995, 256),
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.
@@ -136,7 +137,7 @@ class DINO(PretextTask):
             outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
             temperature = self.teacher_schedule.temperature_at(self.progress)
             targets = self.center.targets(outputs, temperature).chunk(2)
-            self.center.update(outputs)
+            self.center.update(outputs, self.batches_per_step)
         return swapped_prediction(scores, targets, self.temperature)
 
     def on_after_backward(self) -> None:

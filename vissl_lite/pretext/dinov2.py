@@ -90,8 +90,9 @@ class DINOv2(PretextTask):
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             authors' code uses 30 epochs of 100 or 500.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine. Default 0.99; with
-            ``--epochs`` it rises with the length of the run to 0.994. The authors' code uses 0.992
-            to 0.994, for batches of 1024 and more and 125,000 steps and more.
+            ``--epochs`` and from random weights it rises with the length of the run to 0.994. The
+            authors' code uses 0.992 to 0.994, for batches of 2048 and more and 125,000 steps and
+            more.
         freeze_last_layer: Fraction of the run in which the last layers of the heads are not
             trained; the authors' code uses one epoch of 100 or 500.
         hidden_size: Hidden size of the heads; 2048 in the authors' code.
@@ -112,7 +113,8 @@ class DINOv2(PretextTask):
         paper="Oquab et al. 2023, arXiv 2304.07193",
         use="ViTs and long runs; to go on from weights of DINOv2 or DINOv3",
         backbones="any ViT",
-        momentum=(0.99, 0.994),
+        batch_loss="statistics",
+        momentum=(0.99, 0.994, 2048),
     )
     # The authors' code uses 2e-3 for 256, for ViT-L and 125,000 steps; gradients are clipped at 3,
     # and the weight decay rises from 0.04 to 0.4 or 0.2.

@@ -344,7 +344,7 @@ class Distillation(PretextTask):
         loss = similarity_distillation(self.head(pooled), target - mean, others, self.temperature)
         self.queue.push(target)
         if self._embeddings is None:  # else the center is the mean over all images
-            self.center.update(target)
+            self.center.update(target, self.batches_per_step)
         return loss
 
     def prepare(self, images: Source, run: Path) -> None:

@@ -71,8 +71,8 @@ class IBOT(PretextTask):
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             paper uses 30 epochs of 800.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine. Default 0.99; with
-            ``--epochs`` it rises with the length of the run to 0.9995, as in ``dino``. The paper
-            uses 0.996, for batches of 1024 and hundreds of epochs.
+            ``--epochs`` and from random weights it rises with the length of the run to 0.9995, as
+            in ``dino``. The paper uses 0.996, for batches of 1024 and hundreds of epochs.
         center_momentum: Momentum of the centers of the teacher's outputs.
         freeze_last_layer: Fraction of the run in which the last layer is not trained.
         hidden_size: Hidden size of the head, which is shared by images and patches (section 4.1).
@@ -93,8 +93,9 @@ class IBOT(PretextTask):
         paper="Zhou et al. 2022, arXiv 2111.07832; DINOv2 2304.07193",
         use="ViTs and long runs; before detection or segmentation; trains patch features",
         backbones="any ViT",
+        batch_loss="statistics",
         long_run_lr=0.5,
-        momentum=(0.99, 0.9995),
+        momentum=(0.99, 0.9995, 256),
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.
@@ -166,8 +167,9 @@ class IBOT(PretextTask):
             temperature = self.teacher_schedule.temperature_at(self.progress)
             targets = self.center.targets(outputs, temperature)
             patch_targets = self.patch_center.targets(patch_outputs, temperature)
-            self.center.update(outputs)
-            self.patch_center.update(patch_outputs.mean(dim=0, keepdim=True))
+            self.center.update(outputs, self.batches_per_step)
+            patch_mean = patch_outputs.mean(dim=0, keepdim=True)
+            self.patch_center.update(patch_mean, self.batches_per_step)
 
         with masked_patches(self.encoder.model, mask, self.mask_token):
             pooled, patches = self.encoder.pooled_and_map(global_crops)

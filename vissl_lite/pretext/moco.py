@@ -59,7 +59,7 @@ class MoCo(PretextTask):
         views="2",
         paper="He et al. 2020, arXiv 1911.05722; v2 2003.04297",
         use="small batches: most negatives come from a queue",
-        negatives=True,
+        batch_loss="negatives",
         any_size=True,
         token_drop=0.0,
         short_run={"color": 0.25},

@@ -53,7 +53,7 @@ class MoCoV3(PretextTask):
         views="2",
         paper="Chen et al. 2021, arXiv 2104.02057",
         use="ViTs with batches of 256 and more",
-        negatives=True,
+        batch_loss="negatives",
         any_size=True,
         token_drop=0.0,
         fixed_positions=True,

@@ -39,7 +39,7 @@ class Multi(PretextTask):
         paper="Doersch & Zisserman 2017, arXiv 1708.07860",
         use="rotation and simclr together, on photographs with a natural orientation",
         orientation=True,
-        negatives=True,
+        batch_loss="negatives",
         any_size=True,
         token_drop=0.0,
     )

@@ -64,7 +64,7 @@ class NNCLR(PretextTask):
         views="2",
         paper="Dwibedi et al. 2021, arXiv 2104.14548",
         use="data sets with few classes, where nearest neighbors are good positives",
-        negatives=True,
+        batch_loss="negatives",
         any_size=True,
         token_drop=0.0,
     )

@@ -48,7 +48,7 @@ class SimCLR(PretextTask):
         views="2",
         paper="Chen et al. 2020, arXiv 2002.05709",
         use="the first to try: simple, stable, good in short runs",
-        negatives=True,
+        batch_loss="negatives",
         any_size=True,
         token_drop=0.5,
         short_run={"color": 0.25},

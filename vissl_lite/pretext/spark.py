@@ -26,6 +26,7 @@ from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.drop_path import add_drop_path
 from vissl_lite.pretext.modules.masking import (
     check_ratio,
     denormalized_patches,
@@ -331,6 +332,9 @@ class SparK(PretextTask):
             of ResNet-50).
         min_crop_scale: Smallest fraction of the image area in a view; 0.67 as in the authors' code
             (pretrain/utils/imagenet.py).
+        drop_path: Rate of stochastic depth; default timm's, 0 for nearly all networks. The authors'
+            code uses 0.05 for ResNet-50 and up to 0.4 for larger ConvNeXts
+            (pretrain/models/__init__.py), for 1600 epochs of ImageNet.
     """
 
     info = PretextInfo(
@@ -354,9 +358,11 @@ class SparK(PretextTask):
         mask_ratio: float = 0.6,
         decoder_width: int | None = None,
         min_crop_scale: float = 0.67,
+        drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)
         encoder.freeze_after_map()
+        add_drop_path(encoder, drop_path)
         check_ratio(mask_ratio)
         check_sizes(decoder_width=decoder_width)
         self.grid, maps = self._check_masking()

@@ -24,7 +24,7 @@ class SwAV(PretextTask):
 
     Prototypes are normalized where they are used, which does not depend on how the parameters are
     stored; in the authors' code in place before each step. With LARS, biases and norms have the
-    plain learning rate, as in LARS' paper; theirs adapts it for all parameters. Neither was
+    plain learning rate, as in SimCLR and BYOL; theirs adapts it for all parameters. Neither was
     measured.
 
     Args:
@@ -56,6 +56,7 @@ class SwAV(PretextTask):
         views="2 + 6 small",
         paper="Caron et al. 2020, arXiv 2006.09882",
         use="data with clusters of similar size; benefits from local crops",
+        batch_loss="statistics",
         any_size=True,
         token_drop=0.0,
     )

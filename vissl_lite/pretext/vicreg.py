@@ -45,6 +45,7 @@ class VICReg(PretextTask):
         views="2",
         paper="Bardes et al. 2022, arXiv 2105.04906",
         use="batches of 128 to 1024; three interpretable loss terms",
+        batch_loss="statistics",
         any_size=True,
         token_drop=0.0,
         short_run={"color": 0.25},

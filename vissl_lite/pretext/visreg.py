@@ -52,11 +52,13 @@ class VISReg(PretextTask):
         views="2 + 6 small",
         paper="Wu et al. 2026, arXiv 2606.02572",
         use="small, noisy or long-tailed data: the gradient does not vanish at collapse",
+        batch_loss="statistics",
         any_size=True,
         token_drop=0.0,
+        long_run_lr=0.32,
     )
     # The authors' recipe: AdamW, weight decay 0.05, gradients clipped at 1, and a learning rate of
-    # 9e-4 for 100 epochs of ImageNet, whose batch size they do not give: see its configuration.
+    # 9e-4 for 100 epochs of ImageNet, whose batch size they do not give: that of a long run at 512.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt", clip_norm=1.0
     )

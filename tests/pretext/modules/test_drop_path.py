@@ -46,6 +46,14 @@ def test_by_default_transformers_have_a_tenth_and_others_none() -> None:
     assert not rates(cnn)
 
 
+@pytest.mark.parametrize(
+    ("name", "backbone"), [("dino", "test_vit"), ("lejepa", "test_vit"), ("spark", "test_resnet")]
+)
+def test_pretexts_train_with_the_rate_that_is_given(name: str, backbone: str) -> None:
+    task = pretext_class(name)(build_encoder(backbone, 32), drop_path=0.3).train()
+    assert max(rates(task.encoder).values()) == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("name", ["dino", "ibot"])
 def test_a_teacher_has_none(name: str) -> None:
     task = pretext_class(name)(build_encoder("test_vit", 32), drop_path=0.3)

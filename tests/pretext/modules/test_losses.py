@@ -355,6 +355,10 @@ def test_cross_entropy_and_center_equal_the_paper() -> None:
     torch.testing.assert_close(center.mean, 0.1 * teacher.mean(dim=0))
     before = center.mean.clone()
     targets = center.targets(teacher, 0.04)
+    parts = Center(6, momentum=0.9)
+    for _ in range(4):
+        parts.update(teacher, batches_per_step=4)
+    torch.testing.assert_close(parts.mean, before)
     for n in range(4):
         p = ((teacher[n] - before) / 0.04).double()
         p = (p - p.max()).exp() / (p - p.max()).exp().sum()

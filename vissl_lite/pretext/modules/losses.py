@@ -460,11 +460,13 @@ class Center(nn.Module):
         return F.softmax((outputs.float() - self.mean) / temperature, dim=1)
 
     @torch.no_grad()
-    def update(self, outputs: Tensor) -> None:
+    def update(self, outputs: Tensor, batches_per_step: int = 1) -> None:
         """Update the mean with the outputs of a batch.
 
         Args:
             outputs: ``(B, size)`` outputs of the teacher.
+            batches_per_step: Number of batches that have the momentum of one together.
         """
         batch_mean = gather(outputs.float()).mean(dim=0)
-        self.mean = torch.lerp(batch_mean, self.mean.float(), self.momentum).to(self.mean.dtype)
+        momentum = self.momentum ** (1 / batches_per_step)
+        self.mean = torch.lerp(batch_mean, self.mean.float(), momentum).to(self.mean.dtype)
