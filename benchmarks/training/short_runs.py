@@ -5,7 +5,8 @@
 The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on training images that
 the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
 or 96 pixels, test images), which the search does not see. Sets that end with ``_color`` are the
-same ones, for arms that were measured beside each other on another machine. Every run has the same
+same ones, for arms that were measured beside each other on another machine, as is
+``cifar10_temperature``; ``ucmerced_resizing`` has views that grow to 96 pixels. Every run has the same
 wall-clock time on one core, the start of the command included, and ``resnet18``, or a ViT in the
 sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and, in
 ``simclr``, the color distortion of ``COLOR``.
@@ -63,6 +64,11 @@ SETS["ucmerced_distillation"] = ([*_OPTIONS, "--batch_size", 64], _PROBE)
 SETS["cifar10_distillation"] = (
     [*SETS["cifar10"][0], "--batch_size", 64, "--pretext.teacher_size", 64],
     ["--image_size", 32],
+)
+SETS["cifar10_temperature"] = SETS["cifar10"]
+SETS["ucmerced_resizing"] = (
+    ["--backbone", "resnet18", *ROTATABLE, 96, "--batch_size", 64],
+    ["--image_size", 96],
 )
 for kind in ("color", "branches"):
     SETS |= {f"{name}_{kind}": SETS[name] for name in ("cifar10", "ucmerced")}
@@ -168,6 +174,10 @@ ARMS |= {f"{pretext}, {BRANCHES} zero": [] for pretext in FROM_ZERO}
 ARMS |= {pretext: [] for pretext in FROM_ZERO if pretext not in ARMS}
 for end in ("", f", {BRANCHES} zero"):
     ARMS[f"distillation, fixed views, batch size 64{end}"] = [*FIXED, "--batch_size", 64]
+for pretext in ("moco", "densecl", "moco_v3"):
+    ARMS |= {pretext: [], f"{pretext}, temperature 0.2": ["--pretext.temperature", 0.2]}
+for pretext in ("moco", "densecl"):
+    ARMS[f"{pretext}, one size"] = ["--progressive_resizing", "false"]
 CROPS: list[object] = ["--pretext.local_crops", 2]
 ARMS["byol, two local crops"] = CROPS
 ARMS["vicreg, color 0.25, two local crops"] = ["--pretext.color", 0.25, *CROPS]
