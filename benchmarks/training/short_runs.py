@@ -6,10 +6,10 @@ The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on t
 the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
 or 96 pixels, test images), which the search does not see. Sets that end with ``_color`` are the
 same ones, for arms that were measured beside each other on another machine, as is
-``cifar10_temperature``; ``ucmerced_resizing`` has views that grow to 96 pixels. Every run has the same
-wall-clock time on one core, the start of the command included, and ``resnet18``, or a ViT in the
-sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and, in
-``simclr``, the color distortion of ``COLOR``.
+``cifar10_temperature``; ``ucmerced_resizing`` has views that grow to 96 pixels. Every run has the
+same wall-clock time on one core, the start of the command included, and ``resnet18``, or a ViT in
+the sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and,
+in ``simclr``, the color distortion of ``COLOR``.
 
 Some arms need ``--before``, a checkout of an earlier commit: those with a momentum from the start
 26f006b, since when the momentum of teachers is smaller in the first steps; those with branches from
