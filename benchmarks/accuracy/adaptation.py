@@ -165,7 +165,8 @@ def main() -> None:
     keep("adaptation", {given.set: {"arms": arms, "made": where_and_when()}})
     for arm, runs in arms.items():
         means = {
-            figure: statistics.mean(one[figure] for one in runs.values()) for figure in runs["0"]
+            figure: statistics.mean(one[figure] for one in runs.values())
+            for figure in next(iter(runs.values()))
         }
         print(arm, {figure: f"{mean:.3f}" for figure, mean in means.items()})
 

@@ -77,7 +77,7 @@ def train(name: str, student: str, arm: str, seed: int, out: Path, given: Any) -
         "distillation": [*OF_TEACHER, teacher, "--pretext.teacher_size", TEACHER_SIZE],
         "fixed views": [*OF_TEACHER, teacher, "--pretext.fixed_views", "true"],
     }
-    if name == "cifar10":  # which is seen half of a time: see short_runs cifar10_distillation
+    if name == "cifar10":  # which is seen a few times: see short_runs cifar10_distillation
         pretexts["distillation"] += FEW_EPOCHS
     upright = "true" if name == "cifar10" else "false"
     run(
