@@ -119,6 +119,19 @@ def test_layers_that_are_not_known_have_no_decay() -> None:
         build_optimizer(model, OptimizerSettings(layer_decay=0.5))
 
 
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_layer_decay_leaves_out_what_keeps_the_full_rate(decay: float) -> None:
+    encoder, head = timm.create_model("test_vit", num_classes=0), nn.Linear(8, 2)
+    settings = OptimizerSettings(layer_decay=decay, head_scale=10.0)
+    module, names = nn.ModuleList([encoder, head]), {"patch_embed.proj.weight"}
+    groups = build_optimizer(module, settings, encoder, full_rate=names).param_groups
+    group = {id(parameter): one for one in groups for parameter in one["params"]}
+    first = group[id(encoder.patch_embed.proj.weight)]
+    assert (first["lr_scale"], first["in_encoder"], first["decayed"]) == (1, True, True)
+    assert group[id(encoder.patch_embed.proj.bias)]["lr_scale"] == pytest.approx(decay**6)
+    assert group[id(head.weight)]["lr_scale"] == 10
+
+
 def test_layer_decay_and_exemptions_of_an_encoder_in_a_model() -> None:
     encoder, head = timm.create_model("test_vit", num_classes=0), nn.Linear(8, 2)
     settings = OptimizerSettings(layer_decay=0.5, weight_decay=0.3)

@@ -1,6 +1,7 @@
 """Optimizers (timm's) and the learning-rate schedule."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
@@ -103,6 +104,7 @@ def build_optimizer(
     settings: OptimizerSettings,
     encoder: nn.Module | None = None,
     constant: nn.Module | None = None,
+    full_rate: Collection[str] = (),
 ) -> Optimizer:
     """Build the optimizer of a module's trainable parameters.
 
@@ -115,6 +117,9 @@ def build_optimizer(
         encoder: The timm model in the module that ``layer_decay`` applies to; default the module
             itself. ``head_scale`` applies to all other parameters.
         constant: Part of the module that keeps the peak learning rate during the whole run.
+        full_rate: Names of parameters of the encoder that ``layer_decay`` does not apply to, such
+            as ``Encoder.adapted_inputs``, whose filters are new however early their layer is;
+            default none.
 
     Returns:
         An optimizer. ``set_lr`` and ``set_weight_decay`` follow the entries ``lr_scale``,
@@ -122,6 +127,7 @@ def build_optimizer(
     """
     inner = module if encoder is None else encoder
     scales = _layer_scales(inner, settings.layer_decay)
+    scales.update(dict.fromkeys(full_rate, 1.0))
     undecayed = _without_decay(module)
     kept = set() if constant is None else {id(parameter) for parameter in constant.parameters()}
     groups: dict[tuple[float, bool, bool, bool], list[nn.Parameter]] = {}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,7 +50,47 @@ def test_frozen_stages_are_those_of_the_start(start: Path, photos: Path, tmp_pat
     assert run(*options, "--train", "blocks:1", "--out", tmp_path) == 0
     changed = changes(start, tmp_path / "encoder")
     assert {name.split(".")[0] for name in changed} == {"layer4"}
-    assert "% of the weights of the encoder are trained" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert "% of the weights of the encoder are trained" in log
+    assert "adapted to" not in log
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of five bands."""
+    folder, random = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    for number in range(24):
+        np.save(folder / f"{number}.npy", random.integers(0, 4000, (32, 32, 5)).astype(np.int16))
+    return folder
+
+
+LAST_STAGE = ["--train", "blocks:1", "--freeze_share", 0]
+
+
+def test_filters_for_bands_that_the_start_does_not_know_are_trained(
+    start: Path, scenes: Path, tmp_path: Path
+) -> None:
+    options = ["--data", scenes, "--encoder", start, *SMALL, "--epochs", 2, *LAST_STAGE]
+    assert run(*options, "--out", tmp_path) == 0
+    before, after = weights(start), weights(tmp_path / "encoder")
+    mean = before.pop("conv1.0.weight").mean(dim=1) * 3 / 5
+    filters = after["conv1.0.weight"]
+    assert not any(torch.equal(filters[:, band], mean) for band in range(5))
+    assert not torch.allclose(filters[:, 0], filters[:, 1], atol=1e-6, rtol=0)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {name.split(".")[0] for name in changed} == {"layer4"}
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("conv1.0.weight, adapted to those of the images, is trained") == 1
+
+
+@pytest.mark.slow
+def test_filters_for_other_bands_are_trained_after_a_resume(
+    start: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data", scenes, "--encoder", start, *SMALL, "--epochs", 2, *LAST_STAGE]
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    interrupted(monkeypatch, 3, *options, "--out", tmp_path / "resumed")
+    assert_equal_weights(tmp_path / "whole" / "encoder", tmp_path / "resumed" / "encoder")
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +262,20 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
     blocks = task.encoder.model.blocks
     assert [scale[id(block.norm1.weight)] for block in blocks[-3:]] == [0.25, 0.5, 1.0]
     assert {scale[id(parameter)] for parameter in task.head.parameters()} == {10.0}
+
+
+@pytest.mark.parametrize("pretext", ["simclr", "simsiam"])  # which builds its own optimizer
+def test_layer_decay_leaves_out_filters_for_other_bands(pretext: str) -> None:
+    options = PretrainOptions(data="images", out="run", encoder="runs/a", pretext=pretext)
+    encoder = build_encoder("test_vit", 32)
+    encoder.adapted_inputs = frozenset({"patch_embed.proj.weight"})
+    task = make_task(options, encoder)
+    task.optimizer_settings = optimizer_settings(options, task, 256, 24)
+    groups = task.configure_optimizers().param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    embed = task.encoder.model.patch_embed.proj
+    assert scale[id(embed.weight)] == 1
+    assert scale[id(embed.bias)] == pytest.approx(0.75**6)
 
 
 @pytest.mark.parametrize(

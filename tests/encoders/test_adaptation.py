@@ -106,6 +106,63 @@ def test_weights_are_adapted_by_name_or_by_their_mean() -> None:
     assert (back.reader, len(back.mean)) == (PHOTOGRAPHS, 3)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_adapted"),
+    [
+        ("", "a b c d", True),
+        ("", "red green blue nir", True),
+        ("red green nir", "red green swir", True),
+        ("red green nir", "nir red", False),
+        ("red green nir", "nir green red", False),
+        ("", "blue green red", False),
+        ("", "a b c", False),  # the filters of the file, in its order
+        ("", "a", False),  # with the sum of the filters, as a gray image has
+    ],
+)
+def test_filters_that_are_not_those_of_the_file_are_known(
+    before: str, after: str, is_adapted: bool
+) -> None:
+    """Before there are photographs, where no names are given."""
+    known = reader(3, names=tuple(before.split())) if before else PHOTOGRAPHS
+    names = tuple(after.split())
+    encoder = build_encoder("test_resnet", 32, reader=known)
+    adapted = adapt_encoder(encoder, reader(len(names), names=names))
+    assert adapted.adapted_inputs == ({f"{FIRST}.weight"} if is_adapted else set())
+    again = adapt_encoder(adapted, adapted.reader)
+    assert again.adapted_inputs == adapted.adapted_inputs
+
+
+def test_bands_without_any_names_have_filters_that_are_not_those_of_the_file() -> None:
+    adapted = adapt_encoder(build_encoder("test_vit", 32), reader(4))
+    assert adapted.adapted_inputs == {"patch_embed.proj.weight"}
+    assert adapt_encoder(adapted, reader(1)).adapted_inputs == set()
+
+
+def test_a_single_band_is_seen_like_a_gray_image() -> None:
+    """So its filters need no training."""
+    encoder = build_encoder("test_vit", 32).eval()
+    one = adapt_encoder(encoder, reader(1)).eval()
+    images = torch.randn(2, 1, 32, 32)
+    expected = encoder(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(one(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("bands", "is_adapted"), [(1, False), (2, True), (3, False), (5, True)])
+def test_filters_that_timm_has_adapted_are_known(
+    bands: int, is_adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = timm.create_model("test_vit").state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: {**state})
+    monkeypatch.setattr("vissl_lite.encoders.encoder._online", lambda: False)
+    encoder = build_encoder("test_vit", 32, pretrained=True, reader=reader(bands))
+    assert encoder.adapted_inputs == ({"patch_embed.proj.weight"} if is_adapted else set())
+    weights = encoder.model.state_dict()
+    assert torch.equal(weights["blocks.5.mlp.fc2.weight"], state["blocks.5.mlp.fc2.weight"])
+    is_equal = torch.equal(weights["patch_embed.proj.weight"], state["patch_embed.proj.weight"])
+    assert is_equal == (bands == 3)
+    assert not build_encoder("test_vit", 32, reader=reader(bands)).adapted_inputs
+
+
 def test_bands_without_a_name_of_their_own_get_the_mean() -> None:
     names = ("red", "", "", "ir", "ir")
     encoder = build_encoder("test_resnet", 32, reader=reader(5, names=names))

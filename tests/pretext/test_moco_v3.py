@@ -11,6 +11,14 @@ def test_the_patch_projection_of_a_vit_stays_as_it_is() -> None:
     assert frozen == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
+def test_a_patch_projection_that_is_adapted_to_other_bands_is_trained() -> None:
+    encoder = build_encoder("test_vit", 32)
+    encoder.adapted_inputs = frozenset({"patch_embed.proj.weight"})
+    task = MoCoV3(encoder)
+    assert task.encoder.model.patch_embed.proj.weight.requires_grad
+    assert not task.teacher_encoder.model.patch_embed.proj.weight.requires_grad
+
+
 def test_a_cnn_is_trained_as_a_whole() -> None:
     task = MoCoV3(build_encoder("test_resnet", 32))
     assert all(p.requires_grad for p in task.encoder.parameters())

@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.encoders.encoder import Encoder, build_encoder
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.encoders.encoder import Encoder, adapt_encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.byol import BYOL
 from vissl_lite.pretext.moco import MoCo
@@ -102,14 +103,49 @@ def test_what_a_pretext_has_frozen_stays_frozen() -> None:
     assert not task.encoder.model.patch_embed.proj.weight.requires_grad
 
 
+def adapted_to_bands(backbone: str, bands: int = 5) -> Encoder:
+    """An encoder of photographs whose first layer got filters for other bands."""
+    scale: dict[str, Any] = {"low": (0.0,) * bands, "high": (1.0,) * bands}
+    scale |= {"mean": (0.5,) * bands, "std": (0.25,) * bands}
+    reader = ImageReader(bands=tuple(range(bands)), **scale)
+    return adapt_encoder(build_encoder(backbone, 32), reader)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "parts"),
+    [
+        ("test_resnet", "blocks:1"), ("test_resnet", "norms"), ("test_vit", "blocks:2"),
+        ("test_vit", "norms"), ("test_vit", "attn_proj"), ("test_vit", "lora:4"),
+    ],
+)  # fmt: skip
+def test_a_first_layer_that_is_adapted_to_other_bands_is_always_trained(
+    backbone: str, parts: str
+) -> None:
+    encoder = adapted_to_bands(backbone)
+    first = {"test_resnet": "conv1.0.weight", "test_vit": "patch_embed.proj.weight"}[backbone]
+    train_only(encoder, parts)
+    trained = {name for name, one in encoder.model.named_parameters() if one.requires_grad}
+    assert first in trained
+    assert trained == select_parameters(encoder, parts) | {first}
+    gray = adapted_to_bands(backbone, bands=1)  # seen like a gray image: it needs no training
+    train_only(gray, parts)
+    assert not gray.model.get_parameter(first).requires_grad
+
+
 class Steps:
     """Optimizer steps of BYOL, whose teacher is a moving average, on random images."""
 
-    def __init__(self, parts: str, freeze_share: float, backbone: str = "test_resnet") -> None:
+    def __init__(
+        self,
+        parts: str,
+        freeze_share: float,
+        backbone: str = "test_resnet",
+        encoder: Encoder | None = None,
+    ) -> None:
         torch.manual_seed(0)
-        encoder = build_encoder(backbone, 32)
+        encoder = encoder or build_encoder(backbone, 32)
         train_only(encoder, parts)
-        self.task = BYOL(encoder)
+        self.task, self.bands = BYOL(encoder), encoder.reader.channels
         self.schedule = Schedule(0.1, 0.0, 0, batches=10, freeze_share=freeze_share)
         self.callback = FrozenParts(self.schedule, self.task.encoder)
         self.optimizer: Any = self.task.configure_optimizers()
@@ -120,7 +156,7 @@ class Steps:
 
     def step(self, number: int) -> None:
         self.schedule.batches = number
-        batch: Any = SimpleNamespace(views=[torch.randn(4, 3, 32, 32) for _ in range(2)])
+        batch: Any = SimpleNamespace(views=[torch.randn(4, self.bands, 32, 32) for _ in range(2)])
         for callback in (self.schedule, self.callback):
             callback.on_train_batch_start(self.trainer, self.task, batch, 0)
         self.task.loss(batch.views).backward()
@@ -157,6 +193,14 @@ def test_frozen_blocks_keep_their_statistics_in_the_teacher_too() -> None:
         assert {
             name for name in encoder.state_dict() if "layer4" in name and "running" in name
         } < changed
+
+
+def test_an_adapted_first_layer_waits_for_the_heads_like_the_rest_of_the_encoder() -> None:
+    steps = Steps("norms", freeze_share=0.2, encoder=adapted_to_bands("test_vit"))
+    encoder, teacher = steps.task.encoder, steps.task.teacher_encoder
+    assert steps.changes(encoder, 0) == set()
+    for number, module in ((2, encoder), (3, teacher)):
+        assert "model.patch_embed.proj.weight" in steps.changes(module, number)
 
 
 def test_a_teacher_that_a_pretext_keeps_in_evaluation_mode_stays_so() -> None:

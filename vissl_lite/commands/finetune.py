@@ -146,8 +146,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     """Weight decay of weight matrices and convolution kernels."""
     layer_decay: float | None = None
     """Factor by which the learning rate decreases from each layer (a block of a ViT, a stage of
-    other backbones) to the one below it. Default: 0.75 for plain ViTs, 1 (no decrease) for other
-    backbones and random:NAME."""
+    other backbones) to the one below it, but for a first layer that is adapted to several other
+    bands (see docs/formats.md). Default: 0.75 for plain ViTs, 1 (no decrease) for other backbones
+    and random:NAME."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
     ema: float | None = None

@@ -343,6 +343,12 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             else "the one that was given",
             settings.layer_decay,
         )
+    if task.encoder.adapted_inputs:
+        log.info(
+            "The weights are for other bands: %s, adapted to those of the images, is trained "
+            "whatever --train says, and without layer decay",
+            ", ".join(sorted(task.encoder.adapted_inputs)),
+        )
     if labelled is not None:
         show_data(labelled)
     if accumulate > 1:

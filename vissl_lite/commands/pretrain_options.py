@@ -116,8 +116,9 @@ class PretrainOptions(Options, ImageSettings):
     another backbone; norms, the scales and shifts of normalization layers; attn_proj, the output
     projections of attention layers; or lora:RANK (such as lora:16), low-rank adapters beside the
     weights of attention layers, which are merged into them when the encoder is saved. All others
-    stay as they are in --encoder. The heads of the pretext are always trained. Default: all, but
-    blocks:2 for diet from pre-trained weights."""
+    stay as they are in --encoder. The heads of the pretext are always trained, as is a first layer
+    that is adapted to several other bands (see docs/formats.md). Default: all, but blocks:2 for
+    diet from pre-trained weights."""
     freeze_share: float | None = None
     """Share of the run in which the whole encoder is frozen at first, while the heads of the
     pretext are trained; the warmup of the encoder follows. With --max_time auto, it is a share of
@@ -149,8 +150,9 @@ class PretrainOptions(Options, ImageSettings):
     of the pretext."""
     layer_decay: float | None = None
     """Factor by which the learning rate decreases from each layer of the encoder (a block of a ViT,
-    a stage of other backbones) to the one below it. Default: 0.75 for plain ViTs with pre-trained
-    weights, otherwise, as for adapters, 1 (no decrease)."""
+    a stage of other backbones) to the one below it, but for a first layer that is adapted to
+    several other bands. Default: 0.75 for plain ViTs with pre-trained weights, otherwise, as for
+    adapters, 1 (no decrease)."""
     ema: float | None = None
     """Decay of an exponential moving average of the encoder's weights, such as 0.999; the run
     then saves the average instead of the weights of the last step. After n steps it is at most

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,8 @@ class Encoder(nn.Module):
         model_args: Arguments besides the name that ``timm.create_model`` needs to rebuild it.
         image_size: Side of the input images in pixels.
         reader: How its images are read.
+        adapted_inputs: Names of parameters with adapted input channels, see the attribute; default
+            none.
 
     Attributes:
         model: The timm model. ``model.state_dict()`` uses timm's names, as on disk.
@@ -38,6 +40,11 @@ class Encoder(nn.Module):
         backbone: Name of the architecture.
         mean, std: Mean and standard deviation per channel, for values in [0, 1].
         scale, shift: ``(1, C, 1, 1)`` buffers: normalized = raw * scale + shift; see ``normalize``.
+        adapted_inputs: Names of the parameters of the model whose input channels were adapted to
+            the bands of the images, so that some of their filters are not those of the weights that
+            were loaded, but means or repetitions of them: bands with the same filter are told apart
+            only once it is trained. Empty for a single band, which gets the sum of the filters, as
+            a gray image does. Not saved with the encoder, as training has changed them by then.
     """
 
     def __init__(
@@ -46,10 +53,12 @@ class Encoder(nn.Module):
         model_args: dict[str, Any],
         image_size: int,
         reader: ImageReader = PHOTOGRAPHS,
+        adapted_inputs: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.model: Any = model
         self.reader = reader
+        self.adapted_inputs = frozenset(adapted_inputs)
         self.model_args = model_args
         self.image_size = image_size
         timm_model: Any = model
@@ -318,7 +327,8 @@ def build_encoder(
         image_size: Side of the images in pixels; default: that of the backbone. Backbones whose
             weights depend on the size are built for it.
         pretrained: Load timm's weights from the hub or its cache instead of random ones. To other
-            numbers of channels than three timm adapts the first convolution.
+            numbers of channels than three timm adapts the first convolution, which then is in
+            ``Encoder.adapted_inputs`` unless there is a single channel.
         reader: How the images are read; the backbone gets as many channels.
 
     Raises:
@@ -344,9 +354,12 @@ def build_encoder(
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"{backbone} can't be built for {image_size} pixels: {error}") from None
     assert model is not None
+    config: Any = model.pretrained_cfg  # until ``use_reader``, with the channels of timm's weights
+    is_adapted = pretrained and reader.channels not in (1, config["input_size"][0])
+    adapted = _first_weights(model) if is_adapted else ()
     use_reader(model, reader)
-    config: Any = model.pretrained_cfg
-    encoder = Encoder(model, {**channels, **model_args}, int(config["input_size"][-1]), reader)
+    size, args = int(config["input_size"][-1]), {**channels, **model_args}
+    encoder = Encoder(model, args, size, reader, adapted)
     if image_size is not None:
         encoder.use_image_size(image_size)
     return encoder
@@ -396,6 +409,17 @@ def use_reader(model: nn.Module, reader: ImageReader) -> None:
         }  # fmt: skip
 
 
+def _first_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that see the images: of the first convolution, or of several.
+
+    Empty if timm does not say which they are.
+    """
+    timm_model: Any = model
+    first = timm_model.pretrained_cfg.get("first_conv")
+    names = [first] if isinstance(first, str) else list(first or ())
+    return [f"{name}.weight" for name in names]
+
+
 def open_residual_branches(encoder: Encoder) -> None:
     """Let the residual branches of a network with random weights count from the first step on.
 
@@ -430,7 +454,8 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
     The first convolution gets as many input channels. A band that the encoder knows by name keeps
     its weights, another one gets their mean over the bands; all are scaled by the ratio of the
     numbers of bands, so that the sum over bands has the same size as before. Statistics of the
-    normalization are those of the reader.
+    normalization are those of the reader. If several bands do not all keep weights of their names,
+    the first convolution is one of ``Encoder.adapted_inputs``.
 
     Args:
         encoder: Left as it is.
@@ -449,16 +474,20 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
     names_after = _band_names(reader)
     shared = sum(name in places for name in names_after)
     reordered = shared > 0 and names_after != _band_names(before)
+    adapted = encoder.adapted_inputs
     if reader.channels != before.channels or reordered:
-        first = model.pretrained_cfg.get("first_conv")
-        names = [first] if isinstance(first, str) else list(first or ())
-        if not names or any(f"{name}.weight" not in state for name in names):
+        names = _first_weights(model)
+        if not names or any(name not in state for name in names):
             raise UserError(
                 f"{encoder.backbone} can't be adapted from {before.channels} to {reader.channels} "
                 f"bands: timm does not say which its first convolution is"
             )
         for name in names:
-            state[f"{name}.weight"] = _adapt_weight(state[f"{name}.weight"], places, reader)
+            state[name] = _adapt_weight(state[name], places, reader)
+        if reader.channels == 1:
+            adapted = frozenset()
+        elif shared < reader.channels:
+            adapted |= set(names)
     use_reader(model, reader)
     if reader.bands is None:
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": _MEAN, "std": _STD}
@@ -471,7 +500,7 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
         if reader.channels == before.channels and not reordered
         else f"{shared} keep the weights of their names, {reader.channels - shared} get the mean",
     )
-    return Encoder(model, args, encoder.image_size, reader)
+    return Encoder(model, args, encoder.image_size, reader, adapted)
 
 
 # Mean and standard deviation of photographs (ImageNet), where the bands of an encoder had others.

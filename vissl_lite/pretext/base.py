@@ -275,7 +275,12 @@ class PretextTask(pl.LightningModule, ABC):
         self.log(name, value)
 
     def configure_optimizers(self) -> Optimizer:
-        return build_optimizer(self, self.optimizer_settings, self.encoder.model)
+        return build_optimizer(
+            self,
+            self.optimizer_settings,
+            self.encoder.model,
+            full_rate=self.encoder.adapted_inputs,
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.optimizer_settings.clip_norm:

@@ -33,9 +33,10 @@ class MoCoV3(PretextTask):
 
     Args:
         encoder: Encoder to train. The patch projection of a ViT, where it is one convolution of the
-            image, is not trained, for stability (section 4.2). Other encoders have heads of two
-            layers, without a last norm in the predictor, as ResNets do in the authors' code
-            (``moco/builder.py``).
+            image, is not trained, for stability (section 4.2), unless it was adapted to other bands
+            (``Encoder.adapted_inputs``): a random projection tells bands apart, one with the same
+            filters for them does not. Other encoders have heads of two layers, without a last norm
+            in the predictor, as ResNets do in the authors' code (``moco/builder.py``).
         temperature: Softmax temperature (appendix A: 0.2). 0.1 was not compared with it.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). It is
             at most (1 + n) / (10 + n) after n steps. The teacher follows each step with the
@@ -87,9 +88,10 @@ class MoCoV3(PretextTask):
         )
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
-        projection = getattr(encoder.model.patch_embed, "proj", None) if is_vit else None
-        # Hybrid ViTs have a CNN in front of it.
-        if isinstance(projection, nn.Conv2d) and not hasattr(encoder.model.patch_embed, "backbone"):
+        embed = encoder.model.patch_embed if is_vit else None
+        projection = getattr(embed, "proj", None)
+        is_hybrid = hasattr(embed, "backbone")  # has a CNN in front of it
+        if isinstance(projection, nn.Conv2d) and not (is_hybrid or encoder.adapted_inputs):
             projection.requires_grad_(False)
         self.temperature, self.momentum = temperature, momentum
         self.min_crop_scale, self.color = min_crop_scale, color

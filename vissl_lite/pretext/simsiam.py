@@ -76,5 +76,9 @@ class SimSiam(PretextTask):
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(
-            self, self.optimizer_settings, self.encoder.model, constant=self.predictor
+            self,
+            self.optimizer_settings,
+            self.encoder.model,
+            constant=self.predictor,
+            full_rate=self.encoder.adapted_inputs,
         )

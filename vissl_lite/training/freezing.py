@@ -115,6 +115,9 @@ def _last_blocks(encoder: Encoder, count: int) -> set[str]:
 def train_only(encoder: Encoder, parts: str) -> None:
     """Leave all parameters of an encoder but those of ``select_parameters`` without gradients.
 
+    Parameters in ``Encoder.adapted_inputs`` are trained whatever ``parts`` is: a frozen network
+    would not tell the bands apart whose filters are the same.
+
     For ``lora:RANK``, low-rank adapters are added first. Call it before a pretext copies the
     encoder, so that its momentum teachers have the same parameters. A parameter that is frozen
     already stays so.
@@ -129,7 +132,7 @@ def train_only(encoder: Encoder, parts: str) -> None:
     rank = lora_rank(parts)
     if rank is not None:
         add_adapters(encoder, rank)
-    chosen = select_parameters(encoder, parts)
+    chosen = select_parameters(encoder, parts) | encoder.adapted_inputs
     for name, parameter in encoder.model.named_parameters():
         if name not in chosen:
             parameter.requires_grad_(False)
@@ -141,8 +144,9 @@ class FrozenParts(Callback):
     Random heads send random gradients into pre-trained weights (Kumar et al. 2022, arXiv
     2202.10054, on fine-tuning), so the encoder waits for them. BatchNorms of frozen parts use and
     keep their running statistics, in the encoder as in a pretext's momentum teachers, which have
-    the same frozen parts. The state follows from the schedule, so nothing is kept for a resumed
-    run.
+    the same frozen parts. ``Encoder.adapted_inputs`` wait like the rest of the encoder: their
+    filters are means or repetitions of pre-trained ones. The state follows from the schedule, so
+    nothing is kept for a resumed run.
 
     Args:
         schedule: Schedule of the run, whose ``freeze_share`` says how long the heads are alone.

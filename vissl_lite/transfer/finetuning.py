@@ -245,7 +245,13 @@ class TransferModule(pl.LightningModule, Generic[TransferModelT, SettingsT]):
         return self
 
     def configure_optimizers(self) -> Optimizer:
-        return build_optimizer(self.model, self.settings.optimizer, self.model.encoder.model)
+        encoder = self.model.encoder
+        return build_optimizer(
+            self.model,
+            self.settings.optimizer,
+            encoder.model,
+            full_rate=encoder.adapted_inputs,
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if largest := self.settings.optimizer.clip_norm:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.stream import Batch
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import adapt_encoder, build_encoder
 from vissl_lite.encoders.folder import save_model
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
@@ -212,6 +212,20 @@ def test_a_training_step_uses_labels_weights_and_smoothing(data: LabelledImages)
     target = target if data.multi_label else torch.eye(3)[target]
     weights = loss_weights({"a": 5.0}, data)
     torch.testing.assert_close(loss, expected(logits, target.float(), weights, 0.3))
+
+
+def test_a_first_layer_that_is_adapted_to_other_bands_has_no_layer_decay() -> None:
+    scale = {"low": (0.0,) * 5, "high": (1.0,) * 5, "mean": (0.5,) * 5, "std": (0.25,) * 5}
+    encoder = adapt_encoder(
+        build_encoder("test_vit", 32), ImageReader(bands=(0, 1, 2, 3, 4), **scale)
+    )
+    settings = ClassifierSettings(optimizer=OptimizerSettings(layer_decay=0.5))
+    classifier = build_classifier(encoder, ONE, settings)
+    groups = ClassifierTraining(classifier, ONE, settings).configure_optimizers().param_groups
+    scales = {id(p): one["lr_scale"] for one in groups for p in one["params"]}
+    embed = classifier.encoder.model.patch_embed.proj
+    assert scales[id(embed.weight)] == 1
+    assert scales[id(embed.bias)] < 0.2
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "deit_tiny_distilled_patch16_224"])
