@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
-from vissl_lite.commands.pretrain_setup import make_task, optimizer_settings
+from vissl_lite.commands.pretrain_setup import make_encoder, make_task, optimizer_settings
+from vissl_lite.data.image_survey import ImageSet
+from vissl_lite.data.images import find_images
 from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.encoders.folder import load_encoder, save_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.simclr import SimCLR
@@ -364,3 +368,31 @@ def test_weights_that_have_become_worse_are_a_warning_of_the_run(
     record = json.loads((tmp_path / "run.json").read_text())
     assert [one["code"] for one in record["warnings"]] == ["features.forgotten"]
     assert "This is a weak hint" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_default_size_is_that_of_the_images_where_the_weights_can_be_built_for_it(
+    photos: Path, tmp_path: Path
+) -> None:
+    images = ImageSet(find_images([photos]))
+    name = "test_coatnet"  # whose tables of positions depend on the size
+    plain = timm.create_model(name, num_classes=0)
+    torch.save(plain.state_dict(), tmp_path / "weights.pt")
+    timm.models.save_for_hf(plain, tmp_path / "hub", safe_serialization=True)
+    untrained = make_encoder(name, None, None, images, "simclr")
+    from_file = make_encoder(name, None, tmp_path / "weights.pt", images, "simclr")
+    from_hub = make_encoder(None, None, tmp_path / "hub", images, "simclr")
+    sizes = {one.image_size for one in (untrained, from_file, from_hub)}
+    assert len(sizes) == 1
+    assert sizes.pop() < 160  # of the weights
+    for key, value in from_file.model.state_dict().items():
+        torch.testing.assert_close(from_hub.model.state_dict()[key], value, msg=key)
+    fixed = timm.create_model("levit_128s", num_classes=0)  # whose tables timm does not resample
+    timm.models.save_for_hf(fixed, tmp_path / "fixed", safe_serialization=True)
+    assert make_encoder(None, None, tmp_path / "fixed", images, "simclr").image_size == 224
+
+
+def test_a_file_without_its_backbone_is_told_to_name_it(photos: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "weights.pt")
+    images = ImageSet(find_images([photos]))
+    with pytest.raises(UserError, match=r"not those of resnet18: .*another backbone .--backbone"):
+        make_encoder(None, 64, tmp_path / "weights.pt", images, "simclr")

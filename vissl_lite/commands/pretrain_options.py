@@ -109,8 +109,8 @@ class PretrainOptions(Options, ImageSettings):
     gain by it or were not measured, nor were pre-trained weights."""
     encoder: StrPath | None = None
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
-    (untrained), or a file with a timm state dict of --backbone. Default: random weights of
-    --backbone."""
+    (untrained), or a file with a state dict of --backbone, in timm's format or one that timm
+    converts. Default: random weights of --backbone."""
     train: str | None = None
     """Weights of the encoder to train: all; blocks:N, the last N blocks of a ViT or stages of
     another backbone; norms, the scales and shifts of normalization layers; attn_proj, the output

@@ -16,7 +16,7 @@ from vissl_lite.encoders.encoder import (
     build_encoder,
     patch_multiple,
 )
-from vissl_lite.encoders.folder import load_encoder, load_weights, made_here
+from vissl_lite.encoders.folder import encoder_for, encoder_from_file, fitting_size, made_here
 from vissl_lite.errors import UserError
 from vissl_lite.optim import (
     OptimizerSettings,
@@ -81,17 +81,14 @@ def make_encoder(
         size = image_size or suitable_size(images.paths)
         name = backbone or default_backbone(pretext, size)
         size = image_size or patch_multiple(name, size)
-        encoder = build_encoder(name, size, reader=images.reader)
         if source is not None:
-            load_weights(encoder, Path(source))
-        return encoder
+            return encoder_from_file(Path(source), name, size, images)
+        return build_encoder(name, size, reader=images.reader)
     source = os.fspath(source)
     if Path(source).is_dir():
-        encoder = load_encoder(source, None, images)
         if image_size is None and not made_here(source):  # as for its name, such as timm:NAME
-            image_size = encoder.fitting_size(suitable_size(images.paths))
-        if image_size is not None:
-            encoder.use_image_size(image_size)
+            image_size = fitting_size(source, suitable_size(images.paths))
+        encoder = encoder_for(source, image_size, images)
     elif source.startswith(("timm:", "random:")):
         name = source.partition(":")[2]
         size = image_size or patch_multiple(name, suitable_size(images.paths))

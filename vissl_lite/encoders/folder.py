@@ -1,13 +1,16 @@
 """Encoder folders: save and load encoders in timm's format, without unpickling objects."""
 
+import io
 import json
 import logging
 import os
 import pickle
 import struct
+import sys
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.image_reader import MAX_BANDS, ImageReader
 from vissl_lite.data.image_survey import ANY_IMAGES, ImageSet
 from vissl_lite.data.reading import slice_along, slice_axis
 from vissl_lite.encoders.config import (
@@ -41,6 +45,10 @@ from vissl_lite.errors import UserError, check_count
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+
+# Maximum side of the patches of a file that are resampled to those of a backbone, which takes time
+# and memory that grow with its fourth power. timm's models have patches of up to 32 pixels.
+_LARGEST_PATCH = 64
 
 
 def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
@@ -110,12 +118,14 @@ def load_encoder(
             ``random:NAME`` (untrained, with open residual branches; reproducible through
             ``torch.manual_seed``).
         image_size: Side of the images in pixels for ``timm:`` and ``random:``; default: that of
-            the backbone. Ignored for folders, which record their size.
+            the backbone, or of a folder of the hub. Ignored for folders that vissl_lite has saved,
+            which record their size.
         images: Images that it is used on. An encoder of photographs is adapted to images that are
             none; one of bands keeps its reader, unless the settings ask for another.
 
     Raises:
-        UserError: If there is no encoder, it is damaged, or its training has diverged.
+        UserError: If there is no encoder, it is damaged, its training has diverged, or its weights
+            can't be built for the size.
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
@@ -130,7 +140,7 @@ def load_encoder(
         )
     inside = _find_folder(folder)
     if inside is not None:
-        return use_on(load_model(inside, num_classes=0)[0], images)
+        return use_on(load_model(inside, num_classes=0, image_size=image_size)[0], images)
     tuned = folder / "model"  # of a run of finetune
     if _find_folder(tuned) is not None:
         raise UserError(
@@ -231,11 +241,15 @@ def encoder_for(source: str, image_size: int | None, images: ImageSet = ANY_IMAG
 
 
 def fitting_size(source: str, size: int | None) -> int | None:
-    """Round a size that was chosen for images to patches of an encoder; see ``patch_multiple``.
+    """Choose the size nearest to one that was chosen for images which an encoder supports.
 
     Args:
         source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
         size: Side of the images in pixels; None, for that of the encoder, stays None.
+
+    Returns:
+        The size, rounded to patches of the encoder (see ``patch_multiple``); the size of a folder
+        of the hub whose weights can't be built for another one, which is logged.
 
     Raises:
         UserError: The folder is damaged.
@@ -243,27 +257,48 @@ def fitting_size(source: str, size: int | None) -> int | None:
     if size is None:
         return None
     kind, _, name = source.partition(":")
-    if not name or kind not in ("timm", "random"):
-        folder = _find_folder(source)
-        if folder is None:  # which is refused when it is loaded
-            return size
-        name = read_model_config(folder / ENCODER_CONFIG)["architecture"]
-    return patch_multiple(name, size)
+    if name and kind in ("timm", "random"):
+        return patch_multiple(name, size)
+    folder = _find_folder(source)
+    if folder is None:  # which is refused when it is loaded
+        return size
+    config = read_model_config(folder / ENCODER_CONFIG)
+    size, own = patch_multiple(config["architecture"], size), _own_size(config)
+    if "vissl_lite" in config or size == own:
+        return size
+    try:
+        load_model(folder, num_classes=0, image_size=size)
+    except UserError as error:
+        load_model(folder, num_classes=0)  # a damaged folder has no size
+        log.info("%s: so it is used at its own size of %d pixels", error, own)
+        return own
+    return size
 
 
-def load_model(folder: Path, num_classes: int | None = None) -> tuple[Encoder, dict[str, Any]]:
+def _own_size(config: Mapping[str, Any]) -> int:
+    """Side of the images in pixels that an encoder folder records."""
+    return int(config["pretrained_cfg"]["input_size"][-1])
+
+
+def load_model(
+    folder: Path, num_classes: int | None = None, image_size: int | None = None
+) -> tuple[Encoder, dict[str, Any]]:
     """Build an encoder, perhaps with a classifier, from its folder and load its weights.
 
     Args:
         folder: Folder with ``config.json`` and ``model.safetensors``.
         num_classes: 0 to leave out the classifier; default: the number in the folder.
+        image_size: Side of the images in pixels that a folder of the hub is built for, as timm
+            builds the model of that name: with position embeddings and the like resampled. Default:
+            that in the folder. Ignored for folders that vissl_lite has saved.
 
     Returns:
         The encoder, whose model has the folder's ``pretrained_cfg``, and the content of
         ``config.json``.
 
     Raises:
-        UserError: If the folder is damaged or its weights belong to another architecture.
+        UserError: If the folder is damaged, its weights belong to another architecture, or can't be
+            built for the size.
     """
     config = read_model_config(folder / ENCODER_CONFIG)
     name, has_classes = config["architecture"], config["num_classes"]
@@ -273,19 +308,64 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Encoder, d
         drawn = draw_up(config, classes, len(shapes), (folder / WEIGHTS).stat().st_size)
     except BUILD_ERRORS as error:
         raise UserError(f"{folder / ENCODER_CONFIG} is damaged: {first_line(error)}") from None
-    if classes == 0 and has_classes:
-        shapes = _without_classifier(shapes, drawn)
-    _compare(drawn, shapes, str(folder), name)
-    if hasattr(drawn, "dynamic_img_size") and drawn.patch_embed.strict_img_size:
-        # folders of the hub; build_encoder does the same for the names of their models
-        config["model_args"]["dynamic_img_size"] = True
+    if "vissl_lite" in config:
+        if classes == 0 and has_classes:
+            shapes = _without_classifier(shapes, drawn)
+        _compare(drawn, shapes, str(folder), name)
+        weights = read_weights(folder / WEIGHTS)
+    else:
+        if image_size in (None, _own_size(config)):
+            if hasattr(drawn, "dynamic_img_size") and drawn.patch_embed.strict_img_size:
+                # build_encoder does the same for the names of the models of the hub
+                config["model_args"]["dynamic_img_size"] = True
+            weights = _converted(read_weights(folder / WEIGHTS), drawn)
+        else:
+            config, weights = _resized(folder, config, classes, image_size)
     model = create(config, classes)
-    weights = read_weights(folder / WEIGHTS)
     if classes == 0 and has_classes:
         weights = _without_classifier(weights, model)
     _load(model, weights, str(folder), name)
-    size = config["pretrained_cfg"]["input_size"][-1]
-    return Encoder(model, config["model_args"], size, config["reader"]), config
+    return Encoder(model, config["model_args"], _own_size(config), config["reader"]), config
+
+
+def _resized(
+    folder: Path, config: dict[str, Any], classes: int, size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and weights of a folder of the hub for images of another size.
+
+    Args:
+        folder: The folder.
+        config: Content of its ``config.json``.
+        classes: Number of classes; 0 for no classifier.
+        size: Side of the images in pixels.
+
+    Raises:
+        UserError: The weights can't be resampled to this size, or the backbone does not support it.
+    """
+    name, own = config["architecture"], _own_size(config)
+    saved, args = config["pretrained_cfg"], config["model_args"]
+    fits = patch_multiple(name, size)
+    advice = f"give --image_size {own}" if fits == size else f"{fits} pixels fit"
+    refused = f"the weights in {folder} can't be built for {size} pixels"
+    weights = read_weights(folder / WEIGHTS)
+    saved = {**saved, "input_size": [saved["input_size"][0], size, size]}
+    # as in build_encoder: some backbones accept no img_size, others no dynamic_img_size
+    for more in ({"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}):
+        changed = {**config, "pretrained_cfg": saved, "model_args": {**args, **more}}
+        try:
+            drawn = draw_up(changed, classes, len(weights), (folder / WEIGHTS).stat().st_size)
+            break
+        except BUILD_ERRORS as error:
+            if not (more and isinstance(error, TypeError) and "img_size" in str(error)):
+                raise UserError(f"{refused}: {first_line(error)}; {advice}") from None
+    converted, own_state = _converted(weights, drawn), drawn.state_dict()
+    for key, value in converted.items():
+        if key in own_state and value.shape != own_state[key].shape:
+            raise UserError(
+                f"{refused}: timm does not resample {key} of {name} from "
+                f"{tuple(value.shape)} to {tuple(own_state[key].shape)}; {advice}"
+            )
+    return changed, converted
 
 
 def check_finite(module: nn.Module, source: str) -> None:
@@ -312,18 +392,111 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     Args:
         encoder: Encoder to load into; a classifier in the file is ignored.
         file: A ``.safetensors`` file, or a state dict written by ``torch.save``, bare or under
-            the key ``state_dict`` or ``model``. Those of a ViT may be in other formats that timm
-            converts, such as DINOv2's, and its position embeddings are resampled to the image size.
+            the key ``state_dict`` or ``model``. It may be in another format that timm converts,
+            such as those of DINOv2 and DINOv3, and position embeddings and the like are resampled
+            to the image size.
 
     Raises:
         UserError: If the file can't be read safely or belongs to another architecture.
     """
-    weights = read_weights(file)
-    if isinstance(encoder.model, VisionTransformer):
-        with suppress(*BUILD_ERRORS):  # those of another architecture are refused below
-            weights = checkpoint_filter_fn(weights, encoder.model)
+    _load_converted(encoder, _converted(read_weights(file), encoder.model), file)
+
+
+def _load_converted(encoder: Encoder, weights: dict[str, Tensor], file: Path) -> None:
+    """Load the weights of a state dict file that ``_converted`` has returned."""
     weights = _without_classifier(weights, encoder.model)  # CLIP's projection has become one
-    _load(encoder.model, weights, str(file), encoder.backbone)
+    hint = (
+        f"; perhaps they are of another backbone (--backbone) or can't be resampled to "
+        f"{encoder.image_size} pixels (--image_size)"
+    )
+    _load(encoder.model, weights, str(file), encoder.backbone, hint)
+
+
+def encoder_from_file(
+    file: Path, backbone: str, image_size: int | None = None, images: ImageSet = ANY_IMAGES
+) -> Encoder:
+    """Build a backbone with the weights of a plain timm state dict.
+
+    A file of three channels is taken to be of photographs, and adapted to other images as the
+    folder of such an encoder is; see ``adapt_encoder``. One of as many channels as the images have
+    is taken to be of their bands, in this order.
+
+    Args:
+        file: See ``load_weights``.
+        backbone: Name of the timm architecture of the file.
+        image_size: Side of the images in pixels; default: that of the backbone.
+        images: Images that it is used on.
+
+    Raises:
+        UserError: If the file can't be read safely, or belongs to another architecture, or the
+            backbone does not exist or does not support the size.
+    """
+    encoder = build_encoder(backbone, image_size, reader=images.reader)
+    weights = _converted(read_weights(file), encoder.model)
+    channels = _count_channels(weights, encoder)
+    if channels == 3 and images.reader.bands is not None:
+        encoder = build_encoder(backbone, image_size)
+    elif channels != images.reader.channels:
+        encoder = build_encoder(backbone, image_size, reader=_unnamed_bands(channels))
+    _load_converted(encoder, weights, file)
+    return encoder if encoder.reader == images.reader else adapt_encoder(encoder, images.reader)
+
+
+def _count_channels(weights: Mapping[str, Tensor], encoder: Encoder) -> int:
+    """Number of channels of the images that weights are for; the encoder's own if not known."""
+    first, own = encoder.model.pretrained_cfg.get("first_conv"), encoder.model.state_dict()
+    names = [first] if isinstance(first, str) else list(first or ())
+    channels = encoder.reader.channels
+    for name in (f"{name}.weight" for name in names):
+        if name in weights and name in own and weights[name].ndim == own[name].ndim == 4:
+            # a stem may take several values of each channel, those of neighboring pixels
+            found = weights[name].shape[1] * channels / own[name].shape[1]
+            return int(found) if found in range(1, MAX_BANDS + 1) else channels
+    return channels
+
+
+def _unnamed_bands(count: int) -> ImageReader:
+    """Bands of which nothing is known but their number."""
+    return ImageReader(
+        bands=tuple(range(count)),
+        low=(0.0,) * count,
+        high=(1.0,) * count,
+        mean=(0.5,) * count,
+        std=(0.25,) * count,
+    )
+
+
+def _converted(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Weights of a file as timm converts them when it loads the pre-trained weights of a model.
+
+    The filter of the architecture renames the tensors of other formats, leaves out those that a
+    model computes itself, and resamples what depends on the image size.
+
+    Args:
+        weights: Tensors by name.
+        model: The timm model, which may be on the meta device.
+
+    Returns:
+        The tensors; those of the file where timm can't convert them, as it can't those of another
+        architecture.
+    """
+    weights = dict(weights)  # some filters change what they are given
+    builder = sys.modules[model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
+    convert = getattr(builder, "checkpoint_filter_fn", None)
+    patches = [one for name, one in weights.items() if one.ndim == 4 and name.endswith("weight")]
+    if convert is None or any(max(one.shape[2:]) > _LARGEST_PATCH for one in patches):
+        return weights
+    # The filter of EVA prints an error for each layer without a bias, and torch warns of how timm
+    # interpolates the tables of Swin
+    with (
+        suppress(*BUILD_ERRORS),
+        redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        converted: dict[str, Tensor] = convert(dict(weights), model)
+        if not any(one.is_meta for one in converted.values()):
+            return converted
+    return weights
 
 
 # Exceptions that torch.load and safetensors raise on arbitrary bytes
@@ -406,13 +579,28 @@ def _read_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _without_classifier(weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    classifier = model.pretrained_cfg.get("classifier") or ()
+    """Weights without those of the classifier, and of layers beside it that the model lacks."""
+    classifier, own = model.pretrained_cfg.get("classifier") or (), model.state_dict()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return {k: v for k, v in weights.items() if not k.startswith(tuple(f"{n}." for n in names))}
+    layers = tuple(f"{name}." for name in names)
+    # the classifier of LeViT has a normalization, head.bn beside head.linear; the head of
+    # ConvNeXt has one, head.norm beside head.fc, that an encoder keeps
+    around = tuple(f"{name.rpartition('.')[0]}." for name in names if "." in name)
+    return {
+        key: value
+        for key, value in weights.items()
+        if not key.startswith(layers) and (key in own or not key.startswith(around))
+    }
 
 
-def _compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str, name: str) -> None:
-    """Raise a UserError if names and shapes differ from those of a model."""
+def _compare(
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    source: str,
+    name: str,
+    hint: str = "",
+) -> None:
+    """Raise a UserError, which ends in a hint, if names and shapes differ from those of a model."""
     own = model.state_dict()
     missing = sorted(set(own) - set(shapes))
     unexpected = sorted(set(shapes) - set(own))
@@ -421,12 +609,14 @@ def _compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str,
         example = (missing or unexpected or shaped)[0]
         raise UserError(
             f"the weights in {source} are not those of {name}: {len(missing)} tensors missing, "
-            f"{len(unexpected)} too many, {len(shaped)} of another shape, the first {example}"
+            f"{len(unexpected)} too many, {len(shaped)} of another shape, the first {example}{hint}"
         )
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], source: str, name: str) -> None:
-    _compare(model, {key: value.shape for key, value in weights.items()}, source, name)
+def _load(
+    model: nn.Module, weights: dict[str, Tensor], source: str, name: str, hint: str = ""
+) -> None:
+    _compare(model, {key: value.shape for key, value in weights.items()}, source, name, hint)
     load_tensors(model, weights, source)
     log.debug("%d tensors loaded from %s", len(weights), source)
 
