@@ -30,6 +30,7 @@ from vissl_lite.data.stream import Batch, Source
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder, adapt_encoder
 from vissl_lite.encoders.folder import encoder_for, read_weights
+from vissl_lite.encoders.rescaling import rescale_encoder
 from vissl_lite.errors import (
     LARGEST_IMAGE,
     LARGEST_QUEUE,
@@ -155,7 +156,9 @@ class Teacher:
         source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``. The weights of the last
             depend on the name alone.
         image_size: Side of the images in pixels; None for the encoder's own.
-        student: Encoder whose images it sees. A teacher for images with other bands is adapted.
+        student: Encoder whose images it sees. The teacher sees their values on the scale of its own
+            training, as far as the student's range of values goes; see ``rescale_encoder``. Where
+            that is not possible, as with other bands, it is adapted and gets their normalization.
 
     Raises:
         UserError: If there is no such encoder, or it does not support the size.
@@ -166,7 +169,9 @@ class Teacher:
             torch.manual_seed(0)
             encoder = encoder_for(source, image_size)
             if encoder.reader != student.reader:
-                encoder = adapt_encoder(encoder, student.reader)
+                reader = student.reader
+                rescaled = rescale_encoder(encoder, reader, "teacher")
+                encoder = rescaled or adapt_encoder(encoder, reader, "teacher")
         encoder.to(memory_format=torch.channels_last)
         self.encoder = encoder.eval().requires_grad_(False)
 
@@ -177,7 +182,8 @@ class Teacher:
             images: ``(B, C, H, W)`` images of any size and floating-point type, not normalized.
         """
         encoder = self.encoder.to(images.device)
-        return encoder, encoder.normalize(_resized(images, [encoder.image_size] * 2))
+        # Normalized first: values are cut off at full resolution, as in the teacher's training.
+        return encoder, _resized(encoder.normalize(images), [encoder.image_size] * 2)
 
     def embeddings(self, images: Source, progress: Callable[[int], None] | None = None) -> Tensor:
         """Embed the middle of each image once: resized and center-cropped, as in evaluation.
@@ -210,7 +216,8 @@ class Teacher:
     def digest(self) -> str:
         """A digest of its weights, normalization and image size."""
         encoder = self.encoder
-        about = (encoder.backbone, encoder.image_size, encoder.mean, encoder.std)
+        scale, shift = (one.flatten().tolist() for one in (encoder.scale, encoder.shift))
+        about = (encoder.backbone, encoder.image_size, scale, shift)
         found = hashlib.sha256(repr(about).encode())
         for name, tensor in encoder.state_dict().items():
             found.update(name.encode())
