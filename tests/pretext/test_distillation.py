@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
@@ -26,12 +27,15 @@ from vissl_lite.errors import UserError
 from vissl_lite.inference import predict_images
 from vissl_lite.pretext.distillation import (
     LARGEST_MAP,
+    LONGEST_WAIT,
+    TEACHER,
     Distillation,
     Teacher,
     mixup,
     pairwise_distillation,
     similarity_distillation,
 )
+from vissl_lite.run_folder import lock
 from vissl_lite.training.checkpoints import read_checkpoint
 
 
@@ -504,6 +508,56 @@ def test_other_processes_wait_for_the_main_one(
     assert len(naps) == 1
     assert other._embeddings is not None
     assert torch.equal(other._embeddings, main_one._embeddings)
+
+
+def test_other_processes_wait_while_an_overwritten_run_is_removed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embeddings of its teacher are still there, and then vanish while they are read."""
+    task = Distillation(build_encoder("test_resnet", 32), "random:test_vit", fixed_views=True)
+    data, file = ViewDataset(find_images([photos]), task.views(), 0), tmp_path / TEACHER
+    embeddings = torch.rand(len(data), task.teacher.encoder.num_features).half()
+    key = f"{task.teacher.digest} {data.digest()}"
+    states: list[dict[str, Tensor] | None] = [None, {key: embeddings}]
+    save_file({"another teacher": embeddings}, file)
+
+    def main_process_goes_on(seconds: float) -> None:
+        state = states.pop(0)
+        file.write_bytes(b"") if state is None else save_file(state, file)
+
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.sleep", main_process_goes_on)
+    monkeypatch.setenv("RANK", "1")
+    task.prepare(data, tmp_path)
+    assert not states
+    assert task._embeddings is not None
+    assert torch.equal(task._embeddings, embeddings)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_wait_for_a_main_process_that_ended_has_an_end(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    task = Distillation(build_encoder("test_resnet", 32), "random:test_vit", fixed_views=True)
+    data = ViewDataset(find_images([photos]), task.views(), 0)
+    held, naps, now = lock(tmp_path), [], [time.monotonic()]
+    if locks:
+        held.__enter__()
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        assert len(naps) < 10
+        if len(naps) == 5:
+            now[0] += 2 * LONGEST_WAIT  # without end while the main process is alive
+        if len(naps) == 7 and locks:
+            held.__exit__(None, None, None)
+
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.sleep", nap)
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.monotonic", lambda: now[0])
+    monkeypatch.setenv("RANK", "1")
+    said = "the main process ended before" if locks else "was not written within 24 hours"
+    with pytest.raises(UserError, match=said):
+        task.prepare(data, tmp_path)
+    assert len(naps) == (7 if locks else 5)
 
 
 def test_a_resumed_run_finds_what_the_teacher_saw(

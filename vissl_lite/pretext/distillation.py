@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,16 @@ from vissl_lite.pretext.modules.crops import distorted_view
 from vissl_lite.pretext.modules.losses import Center
 from vissl_lite.pretext.modules.queue import Queue
 from vissl_lite.run import is_main_process
+from vissl_lite.run_folder import is_locked
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 # Embeddings of the training images by the teacher, in the run folder until the training ends.
 TEACHER = "teacher.safetensors"
+
+# Seconds to wait for these embeddings where no file lock tells whether the main process is alive.
+LONGEST_WAIT = 24 * 60 * 60
 
 # Momentum of the mean of the teacher's embeddings, that of DINO's center.
 CENTER_MOMENTUM = 0.9
@@ -362,6 +367,10 @@ class Distillation(PretextTask):
         Args:
             images: Training images, files.
             run: Run folder, where the embeddings are kept until the training ends.
+
+        Raises:
+            UserError: If a resumed run has embeddings of another teacher, if no image can be read,
+                or if the main process ends while this one waits for it.
         """
         if not self.reads_files:
             if not torch.cuda.is_available():
@@ -372,22 +381,26 @@ class Distillation(PretextTask):
                 )
             return
         file, key = run / TEACHER, f"{self.teacher.digest} {images.digest()}"
+        found = self._embed(images, file, key) if is_main_process() else _wait_for(file, key)
+        self._embeddings, self._embeddings_file = found, file
+        embeddings = found.float()
+        self.center.mean.copy_(embeddings[embeddings.any(dim=1)].mean(dim=0))
+
+    def _embed(self, images: Source, file: Path, key: str) -> Tensor:
+        """Embed all images and write the embeddings, unless a resumed run has them."""
+        # The main process has removed the files of an overwritten run before, so that a file that
+        # it finds is of this run. Other processes can't tell.
         kept = read_weights(file) if file.is_file() else {}
         if any(not one.startswith(self.teacher.digest) for one in kept):
             raise _other_teacher()
-        if key not in kept and is_main_process():
+        if key not in kept:
             log.info("The teacher sees each of the %d images once", len(images))
             with progress_bar() as bar:
                 task = bar.add_task("teacher", total=len(images), info="")
                 kept = {key: self.teacher.embeddings(images, partial(bar.advance, task))}
             with atomic_write(file) as part:
                 save_file(kept, part)
-        while key not in kept:  # until the main process has written it; if that ends, all do
-            time.sleep(1)
-            kept = read_weights(file) if file.is_file() else {}
-        self._embeddings, self._embeddings_file = kept[key], file
-        embeddings = kept[key].float()
-        self.center.mean.copy_(embeddings[embeddings.any(dim=1)].mean(dim=0))
+        return kept[key]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self._embeddings is None:
@@ -436,6 +449,36 @@ class Distillation(PretextTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("teacher") != self.teacher.digest:
             raise _other_teacher()
+
+
+def _wait_for(file: Path, key: str) -> Tensor:
+    """Wait until the main process has written a tensor; what else is in the file does not count.
+
+    Args:
+        file: File in the run folder, which the main process locks from its start to its end.
+        key: Name of the tensor.
+
+    Raises:
+        UserError: If the main process ends, or, without locks, after ``LONGEST_WAIT``.
+    """
+    started, was_alive = time.monotonic(), False
+    while True:
+        alive = is_locked(file.parent)  # asked first: it may write and end in between
+        with suppress(UserError):  # a file of an overwritten run is removed while it is read
+            kept = read_weights(file) if file.is_file() else {}
+            if key in kept:
+                return kept[key]
+        if was_alive and not alive:
+            raise UserError(
+                f"the main process ended before it had written {file}: its own message says why"
+            )
+        was_alive |= alive
+        if not was_alive and time.monotonic() - started > LONGEST_WAIT:
+            raise UserError(
+                f"{file} was not written within {LONGEST_WAIT // 3600} hours: see what the main "
+                f"process says, and whether all processes have the same --out"
+            )
+        time.sleep(1)
 
 
 def _other_teacher() -> UserError:
