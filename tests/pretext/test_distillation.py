@@ -560,6 +560,23 @@ def test_the_wait_for_a_main_process_that_ended_has_an_end(
     assert len(naps) == (7 if locks else 5)
 
 
+def test_with_fixed_views_the_student_sees_no_more_than_the_teacher(photos: Path) -> None:
+    student = build_encoder("test_resnet", 32)
+    gradient = np.tile(np.arange(240, dtype=np.uint8)[:, None], (40, 1, 3)).reshape(40, 240, 3)
+    pixels: dict[bool, list[np.ndarray]] = {}
+    for fixed in (False, True):
+        task = Distillation(student, "random:test_vit", fixed_views=fixed, color=0.0)
+        views = task.views()
+        pixels[fixed] = [views(gradient, 0, 0, index)[0] for index in range(50)]
+        square = [views(gradient[:, 100:140], 0, 0, index)[0] for index in range(50)]
+        pixels[fixed] += square
+    assert min(one.min() for one in pixels[False]) < 20
+    assert min(one.min() for one in pixels[True]) >= 100
+    assert max(one.max() for one in pixels[True]) < 140
+    equal = zip(pixels[False][50:], pixels[True][50:], strict=True)
+    assert all((one == other).all() for one, other in equal)
+
+
 def test_a_resumed_run_finds_what_the_teacher_saw(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,11 +249,11 @@ class Distillation(PretextTask):
             short runs and with ``fixed_views``.
         fixed_views: Show the teacher the middle of each image once (resized and center-cropped, as
             in evaluation) before the training, and not every view at every step, as CompRess does
-            with cached features. Epochs then take as long as without a teacher; images cannot be
-            mixed, nor feature maps compared.
-        min_crop_scale: Smallest fraction of the image area in a view. With fixed views, 0.6 and a
-            color of 0.1 are better in few epochs (``benchmarks/README.md``, settings of short
-            runs).
+            with cached features. The student's views come from the same central square. Epochs then
+            take as long as without a teacher; images cannot be mixed, nor feature maps compared.
+        min_crop_scale: Smallest fraction of the image area in a view; with fixed views, of the area
+            of the central square. With these, 0.6 and a color of 0.1 are better in few epochs
+            (``benchmarks/README.md``, settings of short runs).
         color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
     """
 
@@ -323,7 +323,13 @@ class Distillation(PretextTask):
         self._maps_checked = False
 
     def views(self, upright: bool = True) -> Views:
-        return distorted_view(self.encoder.image_size, self.min_crop_scale, self.color, upright)
+        return distorted_view(
+            self.encoder.image_size,
+            self.min_crop_scale,
+            self.color,
+            upright,
+            central=self.reads_files,  # with fixed views the teacher has seen nothing else
+        )
 
     def loss(self, views: list[Tensor]) -> Tensor:
         view = mixup(views[0]) if self.mixup else views[0]
