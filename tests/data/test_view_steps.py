@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import cv2
@@ -211,6 +212,17 @@ def test_of_a_strip_the_largest_part_at_a_random_place_is_taken(shape: tuple[int
     assert start.min() < 20
     assert start.max() > 400 - 13 - 20
     assert start.max() <= 400 - 13
+
+
+@pytest.mark.parametrize("shape", [(60, 360), (361, 60), (64, 64)])
+def test_central_crops_come_from_the_largest_central_square(shape: tuple[int, int]) -> None:
+    step, side = RandomResizedCrop((24, 24), (0.2, 1.0), central=True), min(shape)
+    ends = [(length - side) // 2 for length in shape]
+    square = replace(step, central=False)
+    for seed in range(200):
+        expected = square.draw(side, side, Random(seed))
+        top, left, height, width = step.draw(*shape, Random(seed))
+        assert (top - ends[0], left - ends[1], height, width) == expected
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (9, 90), (2, 3), (1, 1)])

@@ -1,13 +1,16 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
@@ -15,7 +18,7 @@ from tests.conftest import blobs, without_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.fingerprints import Fingerprints
-from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Key, ViewDataset, collate
 from vissl_lite.encoders.encoder import build_encoder
@@ -24,12 +27,15 @@ from vissl_lite.errors import UserError
 from vissl_lite.inference import predict_images
 from vissl_lite.pretext.distillation import (
     LARGEST_MAP,
+    LONGEST_WAIT,
+    TEACHER,
     Distillation,
     Teacher,
     mixup,
     pairwise_distillation,
     similarity_distillation,
 )
+from vissl_lite.run_folder import lock
 from vissl_lite.training.checkpoints import read_checkpoint
 
 
@@ -299,6 +305,132 @@ def test_a_teacher_of_photographs_is_adapted_to_bands() -> None:
     assert task.teacher.encoder.mean == (0.5, 0.4)
 
 
+def of_bands(low: float, high: float, count: int = 1, **given: Any) -> ImageReader:
+    """A reader of bands with the same range and different statistics."""
+    ends = {"low": (low,) * count, "high": (high,) * count}
+    mean, std = tuple(0.2 + 0.1 * n for n in range(count)), (0.05,) * count
+    given = {"bands": tuple(range(count)), **ends, "mean": mean, "std": std, **given}
+    return ImageReader(**given)
+
+
+PER_IMAGE = replace(of_bands(0, 1), low=(), high=(), scope="image")
+
+
+def seen_by_teacher(
+    folder: Path, teacher: ImageReader, student: ImageReader, raw: Tensor
+) -> Tensor:
+    """What the network of a teacher gets of images that a student's reader has read."""
+    save_encoder(build_encoder("test_resnet", 32, reader=teacher), folder, {})
+    encoder = build_encoder("test_resnet", 32, reader=student)
+    task = Distillation(encoder, folder, mixup=False, map_weight=0, queue_size=8)
+    seen: list[Tensor] = []
+    forward = task.teacher.encoder.model.forward
+    task.teacher.encoder.model.forward = record(forward, seen)
+    assert task.loss([encoder.normalize(raw)]).isfinite()
+    return seen[0]
+
+
+def random_raw(reader: ImageReader) -> Tensor:
+    raw = torch.randint(reader.max_value + 1, (4, reader.channels, 32, 32))
+    return raw.to(torch.uint8 if reader.bands is None else torch.uint16)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        (of_bands(-1000, 1000), of_bands(-50, 250, mean=(0.5,), std=(0.2,))),  # --window 100,300
+        (of_bands(-50, 250), of_bands(-1000, 1000, mean=(0.5,), std=(0.2,))),
+        (of_bands(12, 240, 3), PHOTOGRAPHS),
+        (PHOTOGRAPHS, of_bands(12, 240, 3)),
+    ],
+)
+def test_the_teacher_sees_values_on_the_scale_of_its_training(
+    tmp_path: Path, teacher: ImageReader, student: ImageReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = random_raw(student)
+    with caplog.at_level(logging.INFO, "vissl_lite"):
+        seen = seen_by_teacher(tmp_path, teacher, student, raw)
+    assert "The teacher keeps its mean and standard deviation" in caplog.text
+    units = raw.permute(0, 2, 3, 1).numpy()
+    if student.bands is not None:
+        units = student.to_units(units)
+    scaled = units / 255
+    if teacher.bands is not None:
+        scaled = np.clip((units - teacher.low) / np.subtract(teacher.high, teacher.low), 0, 1)
+    own = build_encoder("test_resnet", 32, reader=teacher)  # with ImageNet's mean for photographs
+    expected = torch.from_numpy((scaled - own.mean) / own.std).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(seen, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_a_teacher_on_another_scale_is_not_the_same(tmp_path: Path) -> None:
+    save_encoder(build_encoder("test_resnet", 32, reader=of_bands(-1000, 1000)), tmp_path, {})
+    students = (build_encoder("test_resnet", 32, reader=of_bands(0, high)) for high in (250, 300))
+    digests = {Teacher(str(tmp_path), None, student).digest for student in students}
+    assert len(digests) == 2
+
+
+def test_what_a_teacher_of_photographs_and_one_of_other_bands_have_in_common(
+    tmp_path: Path,
+) -> None:
+    """The ends of the ranges are the same, and bands have the order of their names."""
+    names = ("blue", "green", "red")
+    bands, raw = of_bands(0, 4000, 3, names=names), random_raw(PHOTOGRAPHS)
+    seen = seen_by_teacher(tmp_path / "bands", bands, PHOTOGRAPHS, raw)
+    mean, std = (torch.tensor(one[::-1]).view(3, 1, 1) for one in (bands.mean, bands.std))
+    torch.testing.assert_close(seen, (raw / 255 - mean) / std, atol=1e-3, rtol=1e-3)
+    raw = random_raw(bands)
+    seen = seen_by_teacher(tmp_path / "photographs", PHOTOGRAPHS, bands, raw)
+    own = build_encoder("test_resnet", 32)
+    mean, std = (torch.tensor(one[::-1]).view(3, 1, 1) for one in (own.mean, own.std))
+    torch.testing.assert_close(seen, (raw.float() / 65535 - mean) / std, atol=1e-3, rtol=1e-3)
+
+
+def test_bands_in_another_order_get_the_weights_of_their_names(tmp_path: Path) -> None:
+    nir_first = of_bands(0, 100, 3, names=("nir", "red", "green"))
+    nir_last = of_bands(0, 50, 3, names=("red", "green", "nir"), mean=(0.7,) * 3)
+    encoder = build_encoder("test_resnet", 32, reader=nir_first).eval()
+    save_encoder(encoder, tmp_path, {})
+    teacher = Teacher(str(tmp_path), None, build_encoder("test_resnet", 32, reader=nir_last))
+    units = 50 * torch.rand(2, 3, 32, 32)
+    shown, images = teacher.see(units / 50 * 65535)
+    expected = encoder(encoder.normalize(units[:, [2, 0, 1]] / 100 * 65535))
+    torch.testing.assert_close(shown(images), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        (of_bands(0, 1), of_bands(0, 1, 2), "The teacher for 1 bands is adapted to 2"),
+        (of_bands(0, 1), of_bands(300, 900, mean=(0.5,)), "can't be converted"),
+        (
+            of_bands(0, 1),
+            replace(PER_IMAGE, mean=(0.5,)),
+            "can't be converted to the scale that the teacher was trained on",
+        ),
+    ],
+)
+def test_the_log_names_a_teacher_that_gets_the_students_normalization(
+    tmp_path: Path,
+    teacher: ImageReader,
+    student: ImageReader,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    raw = random_raw(student)
+    with caplog.at_level(logging.INFO, "vissl_lite"):
+        seen = seen_by_teacher(tmp_path, teacher, student, raw)
+    assert said in caplog.text
+    expected = build_encoder("test_resnet", 32, reader=student).normalize(raw)
+    torch.testing.assert_close(seen, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_range_of_each_image_leaves_the_teacher_its_statistics(tmp_path: Path) -> None:
+    student = replace(PER_IMAGE, mean=(0.5,), std=(0.3,))
+    raw = random_raw(student)
+    seen = seen_by_teacher(tmp_path, PER_IMAGE, student, raw)
+    torch.testing.assert_close(seen, (raw.float() / 65535 - 0.2) / 0.05, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_run_as_teacher(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The student is saved without the teacher, and counts what the teacher has seen as seen."""
@@ -376,6 +508,73 @@ def test_other_processes_wait_for_the_main_one(
     assert len(naps) == 1
     assert other._embeddings is not None
     assert torch.equal(other._embeddings, main_one._embeddings)
+
+
+def test_other_processes_wait_while_an_overwritten_run_is_removed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embeddings of its teacher are still there, and then vanish while they are read."""
+    task = Distillation(build_encoder("test_resnet", 32), "random:test_vit", fixed_views=True)
+    data, file = ViewDataset(find_images([photos]), task.views(), 0), tmp_path / TEACHER
+    embeddings = torch.rand(len(data), task.teacher.encoder.num_features).half()
+    key = f"{task.teacher.digest} {data.digest()}"
+    states: list[dict[str, Tensor] | None] = [None, {key: embeddings}]
+    save_file({"another teacher": embeddings}, file)
+
+    def main_process_goes_on(seconds: float) -> None:
+        state = states.pop(0)
+        file.write_bytes(b"") if state is None else save_file(state, file)
+
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.sleep", main_process_goes_on)
+    monkeypatch.setenv("RANK", "1")
+    task.prepare(data, tmp_path)
+    assert not states
+    assert task._embeddings is not None
+    assert torch.equal(task._embeddings, embeddings)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_wait_for_a_main_process_that_ended_has_an_end(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    task = Distillation(build_encoder("test_resnet", 32), "random:test_vit", fixed_views=True)
+    data = ViewDataset(find_images([photos]), task.views(), 0)
+    held, naps, now = lock(tmp_path), [], [time.monotonic()]
+    if locks:
+        held.__enter__()
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        assert len(naps) < 10
+        if len(naps) == 5:
+            now[0] += 2 * LONGEST_WAIT  # without end while the main process is alive
+        if len(naps) == 7 and locks:
+            held.__exit__(None, None, None)
+
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.sleep", nap)
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.monotonic", lambda: now[0])
+    monkeypatch.setenv("RANK", "1")
+    said = "the main process ended before" if locks else "was not written within 24 hours"
+    with pytest.raises(UserError, match=said):
+        task.prepare(data, tmp_path)
+    assert len(naps) == (7 if locks else 5)
+
+
+def test_with_fixed_views_the_student_sees_no_more_than_the_teacher(photos: Path) -> None:
+    student = build_encoder("test_resnet", 32)
+    gradient = np.tile(np.arange(240, dtype=np.uint8)[:, None], (40, 1, 3)).reshape(40, 240, 3)
+    pixels: dict[bool, list[np.ndarray]] = {}
+    for fixed in (False, True):
+        task = Distillation(student, "random:test_vit", fixed_views=fixed, color=0.0)
+        views = task.views()
+        pixels[fixed] = [views(gradient, 0, 0, index)[0] for index in range(50)]
+        square = [views(gradient[:, 100:140], 0, 0, index)[0] for index in range(50)]
+        pixels[fixed] += square
+    assert min(one.min() for one in pixels[False]) < 20
+    assert min(one.min() for one in pixels[True]) >= 100
+    assert max(one.max() for one in pixels[True]) < 140
+    equal = zip(pixels[False][50:], pixels[True][50:], strict=True)
+    assert all((one == other).all() for one, other in equal)
 
 
 def test_a_resumed_run_finds_what_the_teacher_saw(

@@ -85,11 +85,15 @@ class RandomResizedCrop(Step):
         size: Height and width of the result in pixels.
         scale: Smallest and largest share of the image's area.
         ratio: Smallest and largest width over height.
+        central: Whether the part lies in the largest central square, which is all that evaluation
+            shows of an image. ``scale`` is then of the square's area. Crops of square images are
+            the same.
     """
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    central: bool = False
 
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
         whole = image.shape[0], image.shape[1]
@@ -97,6 +101,11 @@ class RandomResizedCrop(Step):
 
     def draw(self, height: int, width: int, random: Random) -> Crop:
         """Draw a crop of an image of this height and width."""
+        if self.central and height != width:
+            side = min(height, width)
+            crop = self.draw(side, side, random)
+            down, right = (height - side) // 2, (width - side) // 2
+            return crop._replace(top=crop.top + down, left=crop.left + right)
         area, (low, high) = height * width, self.ratio
         for _ in range(CROP_TRIES):
             share = random.uniform(*self.scale)

@@ -174,19 +174,22 @@ def _less_blurred(step: Step, factor: float) -> Step:
     return replace(step, sigma=(low, max(low, high * factor)))
 
 
-def random_crop(size: int, smallest: float, largest: float = 1.0) -> RandomResizedCrop:
+def random_crop(
+    size: int, smallest: float, largest: float = 1.0, central: bool = False
+) -> RandomResizedCrop:
     """A random part of the image, resized to a square.
 
     Args:
         size: Side in pixels.
         smallest: Smallest share of the image's area, in (0, 1].
         largest: Largest share.
+        central: Whether it comes from the central square; see ``RandomResizedCrop``.
 
     Raises:
         UserError: The share is out of range.
     """
     check_crop_scale(smallest)
-    return RandomResizedCrop((size, size), (smallest, max(smallest, largest)))
+    return RandomResizedCrop((size, size), (smallest, max(smallest, largest)), central=central)
 
 
 def padding_value(dtype: np.dtype[np.generic]) -> int:
@@ -212,6 +215,7 @@ def distorted_crop(
     solarize: float = 0.0,
     upright: bool = True,
     largest_crop: float = 1.0,
+    central: bool = False,
 ) -> list[Step]:
     """A random crop with a flip, color distortion, and optional blur and solarization.
 
@@ -229,8 +233,10 @@ def distorted_crop(
         solarize: Probability of inverting the bright values.
         upright: Whether the images have an up; see ``flip``.
         largest_crop: Largest share of the image's area.
+        central: Whether the crop comes from the central square; see ``RandomResizedCrop``.
     """
-    steps: list[Step] = [random_crop(size, min_crop_scale, largest_crop), flip(upright)]
+    crop = random_crop(size, min_crop_scale, largest_crop, central)
+    steps: list[Step] = [crop, flip(upright)]
     steps += color_distortion(color)
     if blur_probability > 0 and size >= 64:
         steps.append(blur(size, blur_probability))

@@ -448,7 +448,7 @@ def untrained_copy(encoder: Encoder) -> Encoder:
     return Encoder(model, encoder.model_args, encoder.image_size, encoder.reader)
 
 
-def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
+def adapt_encoder(encoder: Encoder, reader: ImageReader, role: str = "encoder") -> Encoder:
     """A copy of an encoder for images with other bands.
 
     The first convolution gets as many input channels. A band that the encoder knows by name keeps
@@ -460,6 +460,7 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
     Args:
         encoder: Left as it is.
         reader: How the images are read.
+        role: What the log calls it.
 
     Raises:
         UserError: The first convolution of the backbone is not known.
@@ -470,10 +471,10 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
         args["in_chans"] = reader.channels
     model: Any = timm.create_model(encoder.backbone, num_classes=0, **args)
     state = old.state_dict()
-    places = _places(before)
-    names_after = _band_names(reader)
+    places = band_places(before)
+    names_after = band_names(reader)
     shared = sum(name in places for name in names_after)
-    reordered = shared > 0 and names_after != _band_names(before)
+    reordered = shared > 0 and names_after != band_names(before)
     adapted = encoder.adapted_inputs
     if reader.channels != before.channels or reordered:
         names = _first_weights(model)
@@ -493,7 +494,8 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": _MEAN, "std": _STD}
     model.load_state_dict(state)
     log.info(
-        "The encoder for %d bands is adapted to %d: %s",
+        "The %s for %d bands is adapted to %d: %s",
+        role,
         before.channels,
         reader.channels,
         "its weights are the same, the normalization is another"
@@ -507,14 +509,14 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _band_names(reader: ImageReader) -> tuple[str, ...]:
+def band_names(reader: ImageReader) -> tuple[str, ...]:
     """Names of the bands, those of photographs included; empty if they are not known."""
     return ("red", "green", "blue") if reader.bands is None else reader.names
 
 
-def _places(reader: ImageReader) -> dict[str, int]:
+def band_places(reader: ImageReader) -> dict[str, int]:
     """Positions of the bands that have names of their own."""
-    names = _band_names(reader)
+    names = band_names(reader)
     return {name: n for n, name in enumerate(names) if name and names.count(name) == 1}
 
 
@@ -523,7 +525,7 @@ def _adapt_weight(weight: Tensor, places: dict[str, int], after: ImageReader) ->
     mean = weight.mean(dim=1)
     bands = [
         weight[:, places[name]] if name in places else mean
-        for name in _band_names(after) or ("",) * after.channels
+        for name in band_names(after) or ("",) * after.channels
     ]
     return torch.stack(bands, dim=1) * (weight.shape[1] / after.channels)
 

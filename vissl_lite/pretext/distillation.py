@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vissl_lite.data.stream import Batch, Source
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder, adapt_encoder
 from vissl_lite.encoders.folder import encoder_for, read_weights
+from vissl_lite.encoders.rescaling import rescale_encoder
 from vissl_lite.errors import (
     LARGEST_IMAGE,
     LARGEST_QUEUE,
@@ -46,12 +48,16 @@ from vissl_lite.pretext.modules.crops import distorted_view
 from vissl_lite.pretext.modules.losses import Center
 from vissl_lite.pretext.modules.queue import Queue
 from vissl_lite.run import is_main_process
+from vissl_lite.run_folder import is_locked
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 # Embeddings of the training images by the teacher, in the run folder until the training ends.
 TEACHER = "teacher.safetensors"
+
+# Seconds to wait for these embeddings where no file lock tells whether the main process is alive.
+LONGEST_WAIT = 24 * 60 * 60
 
 # Momentum of the mean of the teacher's embeddings, that of DINO's center.
 CENTER_MOMENTUM = 0.9
@@ -155,7 +161,9 @@ class Teacher:
         source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``. The weights of the last
             depend on the name alone.
         image_size: Side of the images in pixels; None for the encoder's own.
-        student: Encoder whose images it sees. A teacher for images with other bands is adapted.
+        student: Encoder whose images it sees. The teacher sees their values on the scale of its own
+            training, as far as the student's range of values goes; see ``rescale_encoder``. Where
+            that is not possible, as with other bands, it is adapted and gets their normalization.
 
     Raises:
         UserError: If there is no such encoder, or it does not support the size.
@@ -166,7 +174,9 @@ class Teacher:
             torch.manual_seed(0)
             encoder = encoder_for(source, image_size)
             if encoder.reader != student.reader:
-                encoder = adapt_encoder(encoder, student.reader)
+                reader = student.reader
+                rescaled = rescale_encoder(encoder, reader, "teacher")
+                encoder = rescaled or adapt_encoder(encoder, reader, "teacher")
         encoder.to(memory_format=torch.channels_last)
         self.encoder = encoder.eval().requires_grad_(False)
 
@@ -177,7 +187,8 @@ class Teacher:
             images: ``(B, C, H, W)`` images of any size and floating-point type, not normalized.
         """
         encoder = self.encoder.to(images.device)
-        return encoder, encoder.normalize(_resized(images, [encoder.image_size] * 2))
+        # Normalized first: values are cut off at full resolution, as in the teacher's training.
+        return encoder, _resized(encoder.normalize(images), [encoder.image_size] * 2)
 
     def embeddings(self, images: Source, progress: Callable[[int], None] | None = None) -> Tensor:
         """Embed the middle of each image once: resized and center-cropped, as in evaluation.
@@ -210,7 +221,8 @@ class Teacher:
     def digest(self) -> str:
         """A digest of its weights, normalization and image size."""
         encoder = self.encoder
-        about = (encoder.backbone, encoder.image_size, encoder.mean, encoder.std)
+        scale, shift = (one.flatten().tolist() for one in (encoder.scale, encoder.shift))
+        about = (encoder.backbone, encoder.image_size, scale, shift)
         found = hashlib.sha256(repr(about).encode())
         for name, tensor in encoder.state_dict().items():
             found.update(name.encode())
@@ -234,14 +246,14 @@ class Distillation(PretextTask):
         map_weight: Weight of the loss between feature maps, the other loss having 1; 0 for the loss
             between images alone. Default: 10, as of Liu et al. 2019, or 0 with ``fixed_views``.
         mixup: Whether images are mixed with one another (Beyer et al. 2022). Default: true, but for
-            short runs and with ``fixed_views``.
+            short runs from random weights and with ``fixed_views``.
         fixed_views: Show the teacher the middle of each image once (resized and center-cropped, as
             in evaluation) before the training, and not every view at every step, as CompRess does
-            with cached features. Epochs then take as long as without a teacher; images cannot be
-            mixed, nor feature maps compared.
-        min_crop_scale: Smallest fraction of the image area in a view. With fixed views, 0.6 and a
-            color of 0.1 are better in few epochs (``benchmarks/README.md``, settings of short
-            runs).
+            with cached features. The student's views come from the same central square. Epochs then
+            take as long as without a teacher; images cannot be mixed, nor feature maps compared.
+        min_crop_scale: Smallest fraction of the image area in a view; with fixed views, of the area
+            of the central square. With these, 0.6 and a color of 0.1 are better in few epochs
+            (``benchmarks/README.md``, settings of short runs).
         color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
     """
 
@@ -311,7 +323,13 @@ class Distillation(PretextTask):
         self._maps_checked = False
 
     def views(self, upright: bool = True) -> Views:
-        return distorted_view(self.encoder.image_size, self.min_crop_scale, self.color, upright)
+        return distorted_view(
+            self.encoder.image_size,
+            self.min_crop_scale,
+            self.color,
+            upright,
+            central=self.reads_files,  # with fixed views the teacher has seen nothing else
+        )
 
     def loss(self, views: list[Tensor]) -> Tensor:
         view = mixup(views[0]) if self.mixup else views[0]
@@ -355,6 +373,10 @@ class Distillation(PretextTask):
         Args:
             images: Training images, files.
             run: Run folder, where the embeddings are kept until the training ends.
+
+        Raises:
+            UserError: If a resumed run has embeddings of another teacher, if no image can be read,
+                or if the main process ends while this one waits for it.
         """
         if not self.reads_files:
             if not torch.cuda.is_available():
@@ -365,22 +387,26 @@ class Distillation(PretextTask):
                 )
             return
         file, key = run / TEACHER, f"{self.teacher.digest} {images.digest()}"
+        found = self._embed(images, file, key) if is_main_process() else _wait_for(file, key)
+        self._embeddings, self._embeddings_file = found, file
+        embeddings = found.float()
+        self.center.mean.copy_(embeddings[embeddings.any(dim=1)].mean(dim=0))
+
+    def _embed(self, images: Source, file: Path, key: str) -> Tensor:
+        """Embed all images and write the embeddings, unless a resumed run has them."""
+        # The main process has removed the files of an overwritten run before, so that a file that
+        # it finds is of this run. Other processes can't tell.
         kept = read_weights(file) if file.is_file() else {}
         if any(not one.startswith(self.teacher.digest) for one in kept):
             raise _other_teacher()
-        if key not in kept and is_main_process():
+        if key not in kept:
             log.info("The teacher sees each of the %d images once", len(images))
             with progress_bar() as bar:
                 task = bar.add_task("teacher", total=len(images), info="")
                 kept = {key: self.teacher.embeddings(images, partial(bar.advance, task))}
             with atomic_write(file) as part:
                 save_file(kept, part)
-        while key not in kept:  # until the main process has written it; if that ends, all do
-            time.sleep(1)
-            kept = read_weights(file) if file.is_file() else {}
-        self._embeddings, self._embeddings_file = kept[key], file
-        embeddings = kept[key].float()
-        self.center.mean.copy_(embeddings[embeddings.any(dim=1)].mean(dim=0))
+        return kept[key]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self._embeddings is None:
@@ -429,6 +455,36 @@ class Distillation(PretextTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("teacher") != self.teacher.digest:
             raise _other_teacher()
+
+
+def _wait_for(file: Path, key: str) -> Tensor:
+    """Wait until the main process has written a tensor; what else is in the file does not count.
+
+    Args:
+        file: File in the run folder, which the main process locks from its start to its end.
+        key: Name of the tensor.
+
+    Raises:
+        UserError: If the main process ends, or, without locks, after ``LONGEST_WAIT``.
+    """
+    started, was_alive = time.monotonic(), False
+    while True:
+        alive = is_locked(file.parent)  # asked first: it may write and end in between
+        with suppress(UserError):  # a file of an overwritten run is removed while it is read
+            kept = read_weights(file) if file.is_file() else {}
+            if key in kept:
+                return kept[key]
+        if was_alive and not alive:
+            raise UserError(
+                f"the main process ended before it had written {file}: its own message says why"
+            )
+        was_alive |= alive
+        if not was_alive and time.monotonic() - started > LONGEST_WAIT:
+            raise UserError(
+                f"{file} was not written within {LONGEST_WAIT // 3600} hours: see what the main "
+                f"process says, and whether all processes have the same --out"
+            )
+        time.sleep(1)
 
 
 def _other_teacher() -> UserError:

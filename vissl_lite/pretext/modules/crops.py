@@ -24,7 +24,9 @@ def cropped_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
-def distorted_view(size: int, min_crop_scale: float, color: float, upright: bool) -> Views:
+def distorted_view(
+    size: int, min_crop_scale: float, color: float, upright: bool, central: bool = False
+) -> Views:
     """One view of each image: a crop with changed colors.
 
     Args:
@@ -32,8 +34,9 @@ def distorted_view(size: int, min_crop_scale: float, color: float, upright: bool
         min_crop_scale: Smallest fraction of the image area in the view.
         color: Strength of the color distortion; see ``distorted_crop``.
         upright: Whether the images have a natural orientation.
+        central: Whether the crop comes from the central square; see ``RandomResizedCrop``.
     """
-    view = distorted_crop(size, min_crop_scale, color, upright=upright)
+    view = distorted_crop(size, min_crop_scale, color, upright=upright, central=central)
     return Views([view], shortest=crop_decode_size(size, min_crop_scale))
 
 
