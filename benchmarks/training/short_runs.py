@@ -175,7 +175,7 @@ ARMS |= {pretext: [] for pretext in FROM_ZERO if pretext not in ARMS}
 for end in ("", f", {BRANCHES} zero"):
     ARMS[f"distillation, fixed views, batch size 64{end}"] = [*FIXED, "--batch_size", 64]
 for pretext in ("moco", "densecl", "moco_v3"):
-    ARMS |= {pretext: [], f"{pretext}, temperature 0.2": ["--pretext.temperature", 0.2]}
+    ARMS |= {pretext: [], f"{pretext}, temperature 0.1": ["--pretext.temperature", 0.1]}
 for pretext in ("moco", "densecl"):
     ARMS[f"{pretext}, one size"] = ["--progressive_resizing", "false"]
 CROPS: list[object] = ["--pretext.local_crops", 2]
