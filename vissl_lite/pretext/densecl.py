@@ -87,8 +87,9 @@ class DenseCL(PretextTask):
     Args:
         encoder: Encoder to train. Its last feature map should have several locations: at 32 pixels,
             that of ``resnet18`` has one, that of ``resnet18_cifar`` sixteen.
-        temperature: Softmax temperature of both losses, as in the paper. In two minutes on
-            CIFAR-10, 0.1 was no better (``benchmarks/README.md``, settings of short runs).
+        temperature: Softmax temperature of both losses, as in the paper. In minutes on
+            CIFAR-10, 0.1 made no clear difference (``benchmarks/README.md``, settings of short
+            runs).
         momentum: Momentum of the teacher; at most (1 + n) / (10 + n) after n steps.
         queue_size: Largest number of negatives of each loss from its queue; default 4096, but at
             most a quarter of the images. The paper uses 65536, for 1.3

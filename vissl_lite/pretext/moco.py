@@ -42,8 +42,8 @@ class MoCo(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        temperature: Softmax temperature (v2, table 1: 0.2). In two minutes on CIFAR-10, 0.1 was no
-            better (``benchmarks/README.md``, settings of short runs).
+        temperature: Softmax temperature (v2, table 1: 0.2). In minutes on CIFAR-10, 0.1 made no
+            clear difference (``benchmarks/README.md``, settings of short runs).
         momentum: Momentum m of the teacher; at most (1 + n) / (10 + n) after n steps.
         queue_size: Largest number of negatives from the queue; default 4096, but at most a quarter
             of the images. The paper uses 65536, for 1.3 million images.

@@ -37,8 +37,8 @@ class MoCoV3(PretextTask):
             (``Encoder.adapted_inputs``): a random projection tells bands apart, one with the same
             filters for them does not. Other encoders have heads of two layers, without a last norm
             in the predictor, as ResNets do in the authors' code (``moco/builder.py``).
-        temperature: Softmax temperature (appendix A: 0.2). In two minutes on CIFAR-10, 0.1 was no
-            better (``benchmarks/README.md``, settings of short runs).
+        temperature: Softmax temperature (appendix A: 0.2). In minutes on CIFAR-10, 0.1 made no
+            clear difference (``benchmarks/README.md``, settings of short runs).
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). It is
             at most (1 + n) / (10 + n) after n steps. The teacher follows each step with the
             momentum of that step; the authors' code does it in the middle of the next
