@@ -356,7 +356,7 @@ def build_encoder(
     assert model is not None
     config: Any = model.pretrained_cfg  # until ``use_reader``, with the channels of timm's weights
     is_adapted = pretrained and reader.channels not in (1, config["input_size"][0])
-    adapted = _first_weights(model) if is_adapted else ()
+    adapted = first_weights(model) if is_adapted else ()
     use_reader(model, reader)
     size, args = int(config["input_size"][-1]), {**channels, **model_args}
     encoder = Encoder(model, args, size, reader, adapted)
@@ -409,7 +409,7 @@ def use_reader(model: nn.Module, reader: ImageReader) -> None:
         }  # fmt: skip
 
 
-def _first_weights(model: nn.Module) -> list[str]:
+def first_weights(model: nn.Module) -> list[str]:
     """Names of the weights that see the images: of the first convolution, or of several.
 
     Empty if timm does not say which they are.
@@ -477,7 +477,7 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader, role: str = "encoder") 
     reordered = shared > 0 and names_after != band_names(before)
     adapted = encoder.adapted_inputs
     if reader.channels != before.channels or reordered:
-        names = _first_weights(model)
+        names = first_weights(model)
         if not names or any(name not in state for name in names):
             raise UserError(
                 f"{encoder.backbone} can't be adapted from {before.channels} to {reader.channels} "

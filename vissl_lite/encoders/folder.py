@@ -37,6 +37,7 @@ from vissl_lite.encoders.encoder import (
     adapt_encoder,
     build_encoder,
     first_line,
+    first_weights,
     open_residual_branches,
     patch_multiple,
 )
@@ -444,10 +445,8 @@ def encoder_from_file(
 
 def _count_channels(weights: Mapping[str, Tensor], encoder: Encoder) -> int:
     """Number of channels of the images that weights are for; the encoder's own if not known."""
-    first, own = encoder.model.pretrained_cfg.get("first_conv"), encoder.model.state_dict()
-    names = [first] if isinstance(first, str) else list(first or ())
-    channels = encoder.reader.channels
-    for name in (f"{name}.weight" for name in names):
+    channels, own = encoder.reader.channels, encoder.model.state_dict()
+    for name in first_weights(encoder.model):
         if name in weights and name in own and weights[name].ndim == own[name].ndim == 4:
             # a stem may take several values of each channel, those of neighboring pixels
             found = weights[name].shape[1] * channels / own[name].shape[1]
